@@ -1,0 +1,1 @@
+//! Preference-optimization losses (APO, DPO) and reward metrics as pure functions on Burn tensors.

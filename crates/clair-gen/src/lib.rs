@@ -1,0 +1,1 @@
+//! Makes CLAIR preference pairs: a stronger model minimally revises the target model's answers.

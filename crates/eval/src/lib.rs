@@ -1,0 +1,1 @@
+//! Samples from language models and measures them on held-out preference pairs.

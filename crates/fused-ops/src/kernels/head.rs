@@ -1,0 +1,120 @@
+//! Chunked language-model head: logits of a few rows at a time.
+
+use rayon::prelude::*;
+
+use super::matrix::{Mat, matmul};
+use super::simd::{exp, exp_shifted, max, sum_by, sum_by2, wide};
+
+/// Logits held at a time (64 MiB), the one large temporary of the head.
+const LOGITS: usize = 16 << 20;
+
+/// Rows of a chunk for this vocabulary.
+fn rows(vocab: usize) -> usize {
+    (LOGITS / vocab).clamp(16, 1024)
+}
+
+/// Results of [`forward`] for `n` rows.
+pub struct Forward {
+    /// Log-probability of the target, `[n]`.
+    pub logps: Vec<f32>,
+    /// Entropy, mean logit, target is arg-max: `[n, 3]`.
+    pub stats: Vec<f32>,
+    /// Log-sum-exp of the logits, `[n]`, kept for the backward pass.
+    pub lse: Vec<f32>,
+}
+
+/// `hidden`: `[n, dim]`, `w`: `[vocab, dim]`.
+pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32]) -> Forward {
+    let (n, vocab) = (targets.len(), w.len() / dim);
+    let mut out = Forward { logps: vec![0.0; n], stats: vec![0.0; 3 * n], lse: vec![0.0; n] };
+    let chunk = rows(vocab).min(n.max(1));
+    let mut logits = vec![0.0; chunk * vocab];
+    for start in (0..n).step_by(chunk) {
+        let len = chunk.min(n - start);
+        let z = &mut logits[..len * vocab];
+        let h = &hidden[start * dim..(start + len) * dim];
+        matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
+        let span = start..start + len;
+        z.par_chunks_mut(vocab)
+            .zip(&targets[span.clone()])
+            .zip(&mut out.logps[span.clone()])
+            .zip(&mut out.lse[span.clone()])
+            .zip(out.stats[3 * span.start..3 * span.end].par_chunks_mut(3))
+            .for_each(|((((z, &target), logp), lse), stats)| (*logp, *lse) = row(z, target as usize, stats));
+    }
+    out
+}
+
+/// Log-probability and log-sum-exp of one row of logits, which it overwrites.
+fn row(z: &mut [f32], target: usize, stats: &mut [f32]) -> (f32, f32) {
+    wide(
+        #[inline(always)]
+        || {
+            let top = max(z);
+            let z_target = z[target];
+            let mean = sum_by(z, |z| z) / z.len() as f32;
+            // The entropy is lse - Σ p z; shifted by the maximum nothing overflows.
+            let weighted = sum_by(z, |z| exp(z - top) * (z - top));
+            let first_top = z.iter().position(|&z| z == top);
+            let sum = exp_shifted(z, top);
+            let log_sum = sum.ln();
+            stats.copy_from_slice(&[
+                log_sum - weighted / sum,
+                mean,
+                f32::from(u8::from(first_top == Some(target))),
+            ]);
+            (z_target - top - log_sum, top + log_sum)
+        },
+    )
+}
+
+/// Gradients with respect to `hidden` and `w`, given that of the log-probabilities:
+/// `dz = grad · (onehot - softmax(z))`.
+pub fn backward(
+    grad: &[f32],
+    hidden: &[f32],
+    w: &[f32],
+    dim: usize,
+    targets: &[u32],
+    lse: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let (n, vocab) = (targets.len(), w.len() / dim);
+    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; w.len()]);
+    let chunk = rows(vocab).min(n.max(1));
+    let mut logits = vec![0.0; chunk * vocab];
+    for start in (0..n).step_by(chunk) {
+        let len = chunk.min(n - start);
+        let span = start..start + len;
+        let z = &mut logits[..len * vocab];
+        let h = &hidden[start * dim..(start + len) * dim];
+        matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
+        z.par_chunks_mut(vocab)
+            .zip(&targets[span.clone()])
+            .zip(&lse[span.clone()])
+            .zip(&grad[span.clone()])
+            .for_each(|(((z, &target), &lse), &g)| {
+                wide(
+                    #[inline(always)]
+                    || {
+                        for z in z.iter_mut() {
+                            *z = -g * exp(*z - lse);
+                        }
+                    },
+                );
+                z[target as usize] += g;
+            });
+        let z = &logits[..len * vocab];
+        let rows_of_dh = &mut dh[start * dim..(start + len) * dim];
+        matmul(rows_of_dh, false, (len, dim, vocab), Mat::rows(z, vocab), Mat::rows(w, dim));
+        matmul(&mut dw, start > 0, (vocab, dim, len), Mat::rows(z, vocab).t(), Mat::rows(h, dim));
+    }
+    (dh, dw)
+}
+
+/// Dot product, for callers that need one row of a product.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    wide(
+        #[inline(always)]
+        || sum_by2(a, b, |a, b| a * b),
+    )
+}

@@ -1,0 +1,118 @@
+//! Matrix products on row-major, strided data.
+
+#![allow(unsafe_code)]
+
+use gemm::Parallelism;
+
+/// A read-only matrix: element `(i, j)` is `data[i * row + j * col]`.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    row: usize,
+    col: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Row-major data with `row` elements from one row to the next.
+    pub fn rows(data: &'a [f32], row: usize) -> Self {
+        Self { data, row, col: 1 }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Self { data: self.data, row: self.col, col: self.row }
+    }
+
+    fn holds(self, rows: usize, cols: usize) -> bool {
+        rows == 0 || cols == 0 || (rows - 1) * self.row + (cols - 1) * self.col < self.data.len()
+    }
+}
+
+/// A pointer that several threads may write through, each to its own elements.
+#[derive(Clone, Copy)]
+pub struct Shared(pub *mut f32);
+// SAFETY: whoever writes through it keeps to elements that no other thread touches; that is an
+// obligation of `accumulate`, the only function that does.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// `dst = a · b` (or `dst += a · b`) for `a`: `[m, k]`, `b`: `[k, n]`, `dst`: `[m, n]` row-major, on all
+/// cores.
+pub fn matmul(dst: &mut [f32], add: bool, (m, n, k): (usize, usize, usize), a: Mat, b: Mat) {
+    assert!(dst.len() >= m * n, "the destination holds {m}x{n}");
+    // SAFETY: `dst` is borrowed mutably and long enough.
+    unsafe { product(dst.as_mut_ptr(), n, add, (m, n, k), a, b, 1.0, Parallelism::Rayon(0)) }
+}
+
+/// `dst = scale · a · b` on this thread, with `stride` elements from one row of `dst` to the next.
+pub fn matmul_block(
+    dst: &mut [f32],
+    stride: usize,
+    add: bool,
+    (m, n, k): (usize, usize, usize),
+    a: Mat,
+    b: Mat,
+    scale: f32,
+) {
+    assert!(m == 0 || n == 0 || dst.len() >= (m - 1) * stride + n, "the destination holds the block");
+    // SAFETY: `dst` is borrowed mutably and long enough.
+    unsafe { product(dst.as_mut_ptr(), stride, add, (m, n, k), a, b, scale, Parallelism::None) }
+}
+
+/// `dst += a · b` on this thread, through a pointer that other threads hold too.
+///
+/// # Safety
+/// The `m` rows of `n` elements, `stride` apart, from `dst` on must be valid, and no other thread may
+/// touch them meanwhile.
+pub unsafe fn accumulate(
+    dst: Shared,
+    offset: usize,
+    stride: usize,
+    size: (usize, usize, usize),
+    a: Mat,
+    b: Mat,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { product(dst.0.add(offset), stride, true, size, a, b, 1.0, Parallelism::None) }
+}
+
+unsafe fn product(
+    dst: *mut f32,
+    stride: usize,
+    add: bool,
+    (m, n, k): (usize, usize, usize),
+    a: Mat,
+    b: Mat,
+    scale: f32,
+    parallelism: Parallelism,
+) {
+    assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
+    if m == 0 || n == 0 {
+        return;
+    }
+    // SAFETY: the operands were checked just now, the destination by the caller.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst,
+            1,
+            stride as isize,
+            add,
+            a.data.as_ptr(),
+            a.col as isize,
+            a.row as isize,
+            b.data.as_ptr(),
+            b.col as isize,
+            b.row as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}

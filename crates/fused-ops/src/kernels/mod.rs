@@ -1,0 +1,9 @@
+//! CPU kernels on slices: no tensor type, no allocation policy, only arithmetic.
+
+pub mod adamw;
+pub mod attention;
+pub mod elementwise;
+pub mod head;
+pub mod matrix;
+pub mod norm;
+pub mod simd;

@@ -1,0 +1,135 @@
+//! Loops that the compiler vectorises for the instruction set found at run time.
+//!
+//! `pulp` picks the widest set the processor has; the loops are plain Rust, written so that they
+//! vectorise: no branch, and sums kept in independent lanes.
+
+/// Lanes of a reduction. Wide enough for two AVX-512 registers.
+const LANES: usize = 32;
+
+/// Elements handled by one parallel task of an element-wise loop.
+pub const CHUNK: usize = 16 * 1024;
+
+/// Runs `body` compiled for the widest instruction set of this processor. `body` must be
+/// `#[inline(always)]` down to the loops.
+#[inline]
+pub fn wide<R>(body: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(body)
+}
+
+/// `e^x` to 1 or 2 units in the last place over the finite range (Cephes `expf`); below -87 it is 0 to
+/// within the smallest normal number.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOG2E: f32 = std::f32::consts::LOG2_E;
+    // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.0);
+    let n = (x * LOG2E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4_f32;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5.000_000_1e-1;
+    let e = p * r * r + r + 1.0;
+    f32::from_bits((e.to_bits() as i32 + ((n as i32) << 23)) as u32)
+}
+
+/// Sum of `f(x)` in fixed lanes: the same result whatever the instruction set.
+#[inline(always)]
+pub fn sum_by(xs: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let blocks = xs.chunks_exact(LANES);
+    let rest = blocks.remainder();
+    for block in blocks {
+        for i in 0..LANES {
+            lanes[i] += f(block[i]);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x);
+    }
+    fold(lanes)
+}
+
+/// Sum of `f(x, y)` over two slices of one length, in fixed lanes.
+#[inline(always)]
+pub fn sum_by2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let (a, b) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
+    let (rest_a, rest_b) = (a.remainder(), b.remainder());
+    for (a, b) in a.zip(b) {
+        for i in 0..LANES {
+            lanes[i] += f(a[i], b[i]);
+        }
+    }
+    for ((lane, &x), &y) in lanes.iter_mut().zip(rest_a).zip(rest_b) {
+        *lane += f(x, y);
+    }
+    fold(lanes)
+}
+
+/// Largest element; negative infinity for an empty slice. NaNs are ignored.
+#[inline(always)]
+pub fn max(xs: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let blocks = xs.chunks_exact(LANES);
+    let rest = blocks.remainder();
+    for block in blocks {
+        for i in 0..LANES {
+            lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = if x > *lane { x } else { *lane };
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Replaces each `x` by `e^(x - shift)` and returns the sum.
+#[inline(always)]
+pub fn exp_shifted(xs: &mut [f32], shift: f32) -> f32 {
+    for x in xs.iter_mut() {
+        *x = exp(*x - shift);
+    }
+    sum_by(xs, |x| x)
+}
+
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulps() {
+        let mut worst = 0.0_f64;
+        for i in -87_000..88_000 {
+            let x = i as f32 * 1e-3;
+            let want = f64::from(x).exp();
+            worst = worst.max(((f64::from(exp(x)) - want) / want).abs());
+        }
+        assert!(worst < 2.4e-7, "worst relative error {worst:e}");
+    }
+
+    #[test]
+    fn reductions_match_a_plain_loop() {
+        let xs: Vec<f32> = (0..1003).map(|i| ((i * 37) % 101) as f32 * 0.25 - 7.0).collect();
+        assert_eq!(max(&xs), 18.0);
+        let want: f32 = xs.iter().sum();
+        assert!((sum_by(&xs, |x| x) - want).abs() < 1e-2);
+        assert!((sum_by2(&xs, &xs, |a, b| a - b)).abs() < 1e-6);
+        assert_eq!(max(&[]), f32::NEG_INFINITY);
+    }
+}

@@ -1,0 +1,151 @@
+//! Fused tensor operations for training decoder language models, on Burn.
+//!
+//! Every function works on plain [`Tensor`]s of any backend. On Flex (the pure-Rust CPU backend) and
+//! `f32` it runs a kernel of this crate with a hand-written backward pass; anywhere else it is the same
+//! formula composed of Burn operations ([`plain`]), differentiated by Burn. The two are held against
+//! each other in the tests.
+//!
+//! Activations are always two-dimensional, `[tokens, features]`: there is no batch dimension and no
+//! padding. Which tokens may attend to which is given by [`Segments`].
+//!
+//! `unsafe` is allowed in this crate alone: the matrix products write disjoint blocks of one buffer
+//! from several threads.
+
+mod kernels;
+#[cfg(feature = "flex")]
+mod flex;
+mod optim;
+mod segments;
+
+pub mod plain;
+
+pub use optim::{AdamW, Moments, sum_of_squares};
+pub use segments::{Segment, Segments};
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Tensor};
+
+/// Attention head layout of a `[tokens, heads * dim]` activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Number of query heads.
+    pub query: usize,
+    /// Number of key/value heads; divides `query` (grouped-query attention).
+    pub kv: usize,
+    /// Features of one head.
+    pub dim: usize,
+}
+
+/// Cosines and sines of the rotary embedding, one row of `half` values a token.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    /// `[tokens, half]` cosines, row-major.
+    pub cos: Arc<[f32]>,
+    /// `[tokens, half]` sines, row-major.
+    pub sin: Arc<[f32]>,
+    /// Half of the head dimension.
+    pub half: usize,
+}
+
+/// What [`head`] returns for each of its `n` positions.
+pub struct HeadOutput {
+    /// Log-probability of the target, `[n]`, differentiable.
+    pub logps: Tensor<1>,
+    /// Entropy (nats), mean logit over the vocabulary, and 1 where the target is the arg-max:
+    /// `[n, 3]`, never differentiated.
+    pub stats: Tensor<2>,
+}
+
+/// True when `tensor` is handled by this crate's own kernels.
+fn fused<const D: usize>(tensor: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    {
+        use burn::backend::DispatchDevice;
+        let device = tensor.device().inner();
+        matches!(device.as_dispatch(), DispatchDevice::Flex(_)) && tensor.dtype() == DType::F32
+    }
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = (tensor, DType::F32);
+        false
+    }
+}
+
+macro_rules! route {
+    ($x:ident => $fused:expr, $plain:expr) => {{
+        #[cfg(feature = "flex")]
+        if fused(&$x) {
+            return $fused;
+        }
+        $plain
+    }};
+}
+
+/// `x · wᵀ` with the weight as checkpoints hold it.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`; returns `[tokens, out]`.
+pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    route!(x => flex::linear(x, w), plain::linear(x, w))
+}
+
+/// Root-mean-square norm, `x / sqrt(mean(x²) + eps) * w`.
+///
+/// # Shapes
+/// - `x`: `[tokens, n·dim]`, `w`: `[1, dim]`: each group of `dim` features is normalised by itself, so
+///   that the same function serves the per-head query and key norms of Qwen3.
+pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
+    route!(x => flex::rms_norm(x, w, eps), plain::rms_norm(x, w, eps))
+}
+
+/// Layer norm, `(x - mean) / sqrt(var + eps) * w + b`.
+///
+/// # Shapes
+/// - `x`: `[tokens, dim]`, `w` and `b`: `[1, dim]`.
+pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<2> {
+    route!(x => flex::layer_norm(x, w, b, eps), plain::layer_norm(x, w, b, eps))
+}
+
+/// Rotary position embedding in the half-split layout of Hugging Face checkpoints
+/// (`transformers.models.llama.modeling_llama.apply_rotary_pos_emb`).
+///
+/// # Shapes
+/// - `x`: `[tokens, heads · 2·half]`; `table` has one row a token.
+pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
+    route!(x => flex::rotary(x, table), plain::rotary(x, table))
+}
+
+/// `silu(gate) * up`, the activation of a gated MLP.
+///
+/// # Shapes
+/// - `gate` and `up`: equal.
+pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    route!(gate => flex::swiglu(gate, up), plain::swiglu(gate, up))
+}
+
+/// Scaled dot-product attention over [`Segments`], without ever storing a `[tokens, tokens]` matrix.
+///
+/// # Shapes
+/// - `q`: `[queries, heads.query · dim]`; `k` and `v`: `[keys, heads.kv · dim]`; returns the shape of `q`.
+///   Rows of `q` outside every segment are zero.
+pub fn attention(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    segments: &Arc<Segments>,
+    heads: Heads,
+    scale: f32,
+) -> Tensor<2> {
+    route!(q => flex::attention(q, k, v, segments, heads, scale), plain::attention(q, k, v, segments, heads, scale))
+}
+
+/// Language-model head: log-probability of one target a row, in chunks of rows, so that the
+/// `[n, vocab]` logits are never held. The backward pass computes each chunk again.
+///
+/// # Shapes
+/// - `hidden`: `[n, features]`, `w`: `[vocab, features]`, `targets`: `n` ids below `vocab`.
+pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOutput {
+    assert_eq!(hidden.dims()[0], targets.len(), "one target for each row of `hidden`");
+    route!(hidden => flex::head(hidden, w, targets), plain::head(hidden, w, targets))
+}

@@ -1,0 +1,124 @@
+//! The same operations composed of Burn's own: what every backend runs that has no kernel here, and
+//! the reference the kernels are tested against. Shapes are those of the functions in the crate root.
+
+use std::sync::Arc;
+
+use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::{HeadOutput, Heads, Rotary, Segment, Segments};
+
+/// See [`crate::linear`].
+pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    x.matmul(w.transpose())
+}
+
+/// See [`crate::rms_norm`].
+pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
+    let [tokens, features] = x.dims();
+    let dim = w.dims()[1];
+    let x = x.reshape([tokens * features / dim, dim]);
+    let rstd = (x.clone().square().mean_dim(1) + eps).sqrt().recip();
+    (x * rstd * w).reshape([tokens, features])
+}
+
+/// See [`crate::layer_norm`].
+pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<2> {
+    let x = x.clone() - x.mean_dim(1);
+    let rstd = (x.clone().square().mean_dim(1) + eps).sqrt().recip();
+    x * rstd * w + b
+}
+
+/// See [`crate::rotary`].
+pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
+    let [tokens, features] = x.dims();
+    let (half, device) = (table.half, x.device());
+    let heads = features / (2 * half);
+    let dtype = x.dtype();
+    let part = |values: &Arc<[f32]>| {
+        Tensor::<3>::from_data(TensorData::new(values.to_vec(), [tokens, 1, half]), &device).cast(dtype)
+    };
+    let (cos, sin) = (part(&table.cos), part(&table.sin));
+    let x = x.reshape([tokens, heads, 2 * half]);
+    let (a, b) = (x.clone().narrow(2, 0, half), x.narrow(2, half, half));
+    let first = a.clone() * cos.clone() - b.clone() * sin.clone();
+    let second = b * cos + a * sin;
+    Tensor::cat(vec![first, second], 2).reshape([tokens, features])
+}
+
+/// See [`crate::swiglu`].
+pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    silu(gate) * up
+}
+
+/// See [`crate::attention`].
+pub fn attention(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    segments: &Arc<Segments>,
+    heads: Heads,
+    scale: f32,
+) -> Tensor<2> {
+    let queries = q.dims()[0];
+    let mut order: Vec<&Segment> = segments.segments().iter().collect();
+    order.sort_by_key(|segment| segment.query);
+    let mut parts = Vec::with_capacity(order.len());
+    let mut at = 0;
+    for segment in order {
+        if segment.query > at {
+            parts.push(q.clone().narrow(0, at, segment.query - at).zeros_like());
+        }
+        parts.push(attend(&q, &k, &v, segment, heads, scale));
+        at = segment.query + segment.len;
+    }
+    if at < queries {
+        parts.push(q.clone().narrow(0, at, queries - at).zeros_like());
+    }
+    Tensor::cat(parts, 0)
+}
+
+fn attend(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, s: &Segment, heads: Heads, scale: f32) -> Tensor<2> {
+    let device = q.device();
+    let keys = |t: &Tensor<2>| {
+        let own = t.clone().narrow(0, s.own, s.len);
+        let all = if s.prefix_len == 0 {
+            own
+        } else {
+            Tensor::cat(vec![t.clone().narrow(0, s.prefix, s.prefix_len), own], 0)
+        };
+        let n = s.prefix_len + s.len;
+        let group = heads.query / heads.kv;
+        // [n, kv, dim] -> [kv, group, n, dim] -> [query, n, dim]
+        all.reshape([n, heads.kv, heads.dim])
+            .swap_dims(0, 1)
+            .reshape([heads.kv, 1, n, heads.dim])
+            .expand([heads.kv, group, n, heads.dim])
+            .reshape([heads.query, n, heads.dim])
+    };
+    let queries =
+        q.clone().narrow(0, s.query, s.len).reshape([s.len, heads.query, heads.dim]).swap_dims(0, 1);
+    let n = s.prefix_len + s.len;
+    let mask: Vec<f32> = (0..s.len)
+        .flat_map(|i| (0..n).map(move |j| if j > s.prefix_len + i { -1e30 } else { 0.0 }))
+        .collect();
+    let mask = Tensor::<3>::from_data(TensorData::new(mask, [1, s.len, n]), &device).cast(q.dtype());
+    let weights = softmax(queries.matmul(keys(k).swap_dims(1, 2)) * scale + mask, 2);
+    weights.matmul(keys(v)).swap_dims(0, 1).reshape([s.len, heads.query * heads.dim])
+}
+
+/// See [`crate::head`]. Holds all logits.
+pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOutput {
+    let n = targets.len();
+    let device = hidden.device();
+    let ids: Vec<i64> = targets.iter().map(|&id| i64::from(id)).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [n, 1]), &device);
+    let logits = linear(hidden, w);
+    let logps = log_softmax(logits.clone(), 1);
+    let target = logps.clone().gather(1, ids.clone());
+    let (logits, logps) = (logits.detach(), logps.detach());
+    let entropy = -(logps.clone().exp() * logps).sum_dim(1);
+    let top1 = logits.clone().argmax(1).equal(ids).float().cast(logits.dtype());
+    let stats = Tensor::cat(vec![entropy, logits.mean_dim(1), top1], 1);
+    HeadOutput { logps: target.reshape([n]), stats: stats.inner() }
+}

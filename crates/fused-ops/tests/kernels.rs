@@ -1,0 +1,193 @@
+//! Every kernel against the plain composition of Burn operations, values and gradients.
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use fused_ops::{AdamW, Heads, Moments, Rotary, Segment, Segments, plain};
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+fn random(rows: usize, cols: usize) -> Tensor<2> {
+    Tensor::random([rows, cols], Distribution::Normal(0.0, 1.0), &device()).require_grad()
+}
+
+fn difference<const D: usize>(a: &Tensor<D>, b: &Tensor<D>) -> f32 {
+    (a.clone().inner() - b.clone().inner()).abs().max().into_scalar::<f32>()
+}
+
+/// Runs `op` on both paths and compares the value and the gradient of every input under a random
+/// weighting of the output.
+fn check(inputs: &[Tensor<2>], tolerance: f32, fused: impl Fn() -> Tensor<2>, plain: impl Fn() -> Tensor<2>) {
+    let (a, b) = (fused(), plain());
+    assert_eq!(a.dims(), b.dims());
+    assert!(difference(&a, &b) < tolerance, "values differ by {:e}", difference(&a, &b));
+    let weights = Tensor::<2>::random(a.dims(), Distribution::Normal(0.0, 1.0), &device());
+    let grads_a = (a * weights.clone()).sum().backward();
+    let grads_b = (b * weights).sum().backward();
+    for (i, input) in inputs.iter().enumerate() {
+        let (ga, gb) = (input.grad(&grads_a).unwrap(), input.grad(&grads_b).unwrap());
+        let scale = gb.clone().abs().max().into_scalar::<f32>().max(1.0);
+        let worst = difference(&ga, &gb) / scale;
+        assert!(worst < tolerance, "gradient {i} differs by {worst:e} (relative)");
+    }
+}
+
+#[test]
+fn linear_matches() {
+    let (x, w) = (random(37, 24), random(41, 24));
+    check(
+        &[x.clone(), w.clone()],
+        1e-5,
+        || fused_ops::linear(x.clone(), w.clone()),
+        || plain::linear(x.clone(), w.clone()),
+    );
+}
+
+#[test]
+fn norms_match() {
+    let (x, w, b) = (random(131, 48), random(1, 48), random(1, 48));
+    check(
+        &[x.clone(), w.clone()],
+        1e-5,
+        || fused_ops::rms_norm(x.clone(), w.clone(), 1e-6),
+        || plain::rms_norm(x.clone(), w.clone(), 1e-6),
+    );
+    let per_head = random(1, 16);
+    check(
+        &[x.clone(), per_head.clone()],
+        1e-5,
+        || fused_ops::rms_norm(x.clone(), per_head.clone(), 1e-6),
+        || plain::rms_norm(x.clone(), per_head.clone(), 1e-6),
+    );
+    check(
+        &[x.clone(), w.clone(), b.clone()],
+        1e-5,
+        || fused_ops::layer_norm(x.clone(), w.clone(), b.clone(), 1e-5),
+        || plain::layer_norm(x.clone(), w.clone(), b.clone(), 1e-5),
+    );
+}
+
+#[test]
+fn rotary_and_swiglu_match() {
+    let (tokens, half) = (19, 8);
+    let angles: Vec<f32> = (0..tokens * half).map(|i| i as f32 * 0.37).collect();
+    let table = Rotary {
+        cos: angles.iter().map(|a| a.cos()).collect(),
+        sin: angles.iter().map(|a| a.sin()).collect(),
+        half,
+    };
+    let x = random(tokens, 3 * 2 * half);
+    check(
+        std::slice::from_ref(&x),
+        1e-6,
+        || fused_ops::rotary(x.clone(), &table),
+        || plain::rotary(x.clone(), &table),
+    );
+    let (gate, up) = (random(tokens, 33), random(tokens, 33));
+    check(
+        &[gate.clone(), up.clone()],
+        1e-5,
+        || fused_ops::swiglu(gate.clone(), up.clone()),
+        || plain::swiglu(gate.clone(), up.clone()),
+    );
+}
+
+#[test]
+fn packed_attention_matches() {
+    let heads = Heads { query: 6, kv: 2, dim: 8 };
+    let mut segments = Segments::default();
+    let rows: [(usize, &[usize]); 4] = [(70, &[65, 3]), (0, &[9, 5]), (130, &[]), (4, &[0, 7])];
+    let mut at = 0;
+    for (shared, tails) in rows {
+        segments.push_row(at, shared, tails);
+        at += shared + tails.iter().sum::<usize>();
+    }
+    let segments = Arc::new(segments);
+    let (q, k, v) = (random(at, 48), random(at, 16), random(at, 16));
+    check(
+        &[q.clone(), k.clone(), v.clone()],
+        2e-5,
+        || fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.35),
+        || plain::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.35),
+    );
+}
+
+#[test]
+fn attention_over_a_cache_matches() {
+    let heads = Heads { query: 4, kv: 4, dim: 8 };
+    let mut segments = Segments::default();
+    segments.push(Segment { query: 0, len: 1, prefix: 0, prefix_len: 12, own: 12 });
+    segments.push(Segment { query: 1, len: 3, prefix: 20, prefix_len: 0, own: 20 });
+    let segments = Arc::new(segments);
+    let (q, k, v) = (random(5, 32), random(30, 32), random(30, 32));
+    let out = fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.5);
+    let want = plain::attention(q, k, v, &segments, heads, 0.5);
+    assert!(difference(&out, &want) < 1e-5);
+    let unattended = out.inner().narrow(0, 4, 1).abs().sum().into_scalar::<f32>();
+    assert_eq!(unattended, 0.0, "a query outside every segment stays zero");
+}
+
+#[test]
+fn head_matches() {
+    let (h, w) = (random(40, 16), random(101, 16));
+    let targets = Arc::new((0..40).map(|i| (i * 7) % 101).collect::<Vec<u32>>());
+    let flat = |out: fused_ops::HeadOutput| out.logps.reshape([40, 1]);
+    check(
+        &[h.clone(), w.clone()],
+        1e-5,
+        || flat(fused_ops::head(h.clone(), w.clone(), &targets)),
+        || flat(plain::head(h.clone(), w.clone(), &targets)),
+    );
+    let fused = fused_ops::head(h.clone(), w.clone(), &targets).stats;
+    let want = plain::head(h, w, &targets).stats;
+    assert!(difference(&fused, &want) < 2e-5, "statistics differ by {:e}", difference(&fused, &want));
+}
+
+#[test]
+fn head_of_a_large_vocabulary_takes_several_chunks() {
+    let (n, vocab) = (50, 600_000);
+    let (h, w) = (random(n, 2), random(vocab, 2));
+    let targets = Arc::new((0..n as u32).map(|i| i * 11_999).collect::<Vec<u32>>());
+    let flat = |out: fused_ops::HeadOutput| out.logps.reshape([n, 1]);
+    check(
+        &[h.clone(), w.clone()],
+        2e-5,
+        || flat(fused_ops::head(h.clone(), w.clone(), &targets)),
+        || flat(plain::head(h.clone(), w.clone(), &targets)),
+    );
+}
+
+/// ```python
+/// p = torch.nn.Parameter(torch.tensor([1., -2., 3.])); o = torch.optim.AdamW([p], lr=0.1, weight_decay=0.01)
+/// for g in ([0.5, -1., 2.], [1., 1., 1.], [-3., 0., 0.25]): p.grad = torch.tensor(g); o.step()
+/// print(p.tolist(), o.state[p]["exp_avg_sq"].tolist())
+/// # [0.8403..., ...] (computed in f64 by the loop below)
+/// ```
+#[test]
+fn adamw_is_torchs() {
+    let device = Device::flex();
+    let mut p = Tensor::<2>::from_floats([[1.0, -2.0, 3.0]], &device);
+    let mut moments = Moments::zeros(&p);
+    let gradients = [[0.5, -1.0, 2.0], [1.0, 1.0, 1.0], [-3.0, 0.0, 0.25]];
+    let (mut want, mut m, mut v) = ([1.0_f64, -2.0, 3.0], [0.0_f64; 3], [0.0_f64; 3]);
+    for (i, gradient) in gradients.iter().enumerate() {
+        let step = i as u32 + 1;
+        let opt = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
+        let g = Tensor::<2>::from_floats([*gradient], &device);
+        (p, moments) = opt.update(p, g, moments, 1.0);
+        for j in 0..3 {
+            let g = f64::from(gradient[j] as f32);
+            m[j] = 0.9 * m[j] + 0.1 * g;
+            v[j] = 0.999 * v[j] + 0.001 * g * g;
+            want[j] *= 1.0 - 0.1 * 0.01;
+            let (c1, c2) = (1.0 - 0.9_f64.powi(step as i32), 1.0 - 0.999_f64.powi(step as i32));
+            want[j] -= 0.1 / c1 * m[j] / ((v[j] / c2).sqrt() + 1e-8);
+        }
+    }
+    let got: Vec<f32> = p.into_data().try_to_vec().unwrap();
+    for (g, w) in got.iter().zip(want) {
+        assert!((f64::from(*g) - w).abs() < 2e-6, "{got:?} is not {want:?}");
+    }
+}

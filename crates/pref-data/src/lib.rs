@@ -1,0 +1,1 @@
+//! Preference data: records, chat templates, tokenization and packing, to the token as TRL does it.

@@ -1,0 +1,1 @@
+//! Aligns a language model on preference pairs with anchored preference optimization.
