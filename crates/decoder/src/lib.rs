@@ -1,1 +1,22 @@
-//! Decoder language models on packed token rows: Hugging Face checkpoints in and out, generation with a KV cache.
+//! Decoder language models on packed token rows.
+//!
+//! One [`Decoder`] serves every family: a file in [`arch`] maps a Hugging Face `config.json` onto a
+//! [`Config`] and names the weights; the blocks are shared. Weights are plain tensors in one list, so
+//! that the optimizer, the checkpoint writer and the gradient reader walk the same order.
+
+mod arch;
+mod batch;
+mod checkpoint;
+mod config;
+mod error;
+mod generate;
+mod model;
+mod sampling;
+
+pub use batch::{Batch, TokenScores};
+pub use checkpoint::{SaveDtype, copy_companions, write_config};
+pub use config::{Config, Mlp, Norm, Positions};
+pub use error::Error;
+pub use generate::{Completion, Generator, Request, Stop};
+pub use model::{Decoder, Weight};
+pub use sampling::Sampling;

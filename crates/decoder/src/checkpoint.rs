@@ -1,0 +1,297 @@
+//! Hugging Face model directories: `config.json` and safetensors, one file or sharded, strict both ways.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::{Dtype, SafeTensors, View};
+use serde_json::{Value, json};
+
+use crate::model::{Decoder, Weight, to_vec};
+use crate::{Config, Error, arch};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Data type of a written checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SaveDtype {
+    /// What each weight had in the checkpoint it came from.
+    AsLoaded,
+    /// 32-bit floats: nothing the training computed is lost.
+    F32,
+    /// 16-bit brain floats.
+    Bf16,
+}
+
+impl Config {
+    /// Reads a `config.json`.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        arch::parse(path, &read_json(path)?)
+    }
+}
+
+impl Decoder {
+    /// Loads a model directory onto `device`, as `f32`. Every weight of the configuration must be there
+    /// with its shape, and nothing else.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self, Error> {
+        let config = Config::from_file(&dir.join("config.json"))?;
+        let files = open_files(dir)?;
+        let parsed = files.iter().map(OpenFile::parse).collect::<Result<Vec<_>, _>>()?;
+        let mut found = HashMap::new();
+        for tensors in &parsed {
+            found.extend(tensors.iter().map(|(name, view)| (name.to_string(), view)));
+        }
+        let wanted = config.weights();
+        check_names(dir, &config, &wanted, &found)?;
+        let weights = wanted
+            .into_par_iter()
+            .map(|(name, shape)| {
+                let view = &found[&name];
+                if view.shape() != shape {
+                    let reason = format!("{name} has shape {:?}, the configuration says {shape:?}", view.shape());
+                    return Err(Error::Weights { path: dir.into(), reason });
+                }
+                let values = decode(view.dtype(), &view.data()).ok_or_else(|| Error::Weights {
+                    path: dir.into(),
+                    reason: format!("{name} is stored as {:?}; F32, BF16 and F16 are supported", view.dtype()),
+                })?;
+                let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
+                let tensor = Tensor::from_data(TensorData::new(values, dims), device);
+                Ok(Weight { name, shape, tensor, stored: view.dtype() })
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        Ok(Self::assemble(config, weights))
+    }
+
+    /// Writes the weights into `dir` (which must exist) as `model.safetensors`, or as shards of at most
+    /// `max_shard` bytes with an index. Each file is written beside its final name and then renamed.
+    pub fn save(&self, dir: &Path, dtype: SaveDtype, max_shard: usize) -> Result<(), Error> {
+        let entries: Vec<Entry> = self.weights().iter().map(|weight| Entry::new(weight, dtype)).collect();
+        let shards = shard(&entries, max_shard);
+        if shards.len() == 1 {
+            return write_file(&dir.join(SINGLE), &entries);
+        }
+        let mut map = BTreeMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+            write_file(&dir.join(&name), shard)?;
+            map.extend(shard.iter().map(|entry| (entry.weight.name.clone(), name.clone())));
+        }
+        let total: usize = entries.iter().map(View::data_len).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        write_json(&dir.join(INDEX), &index)
+    }
+}
+
+/// Copies what a model directory holds besides its weights: tokenizer, chat template, generation
+/// settings. Files that are not there are skipped.
+pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
+    const FILES: [&str; 9] = [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    ];
+    for name in FILES {
+        let source = from.join(name);
+        if source.exists() {
+            // Bytes, not fs::copy: a read-only source must not make a read-only result.
+            let bytes = fs::read(&source).map_err(Error::io(&source))?;
+            fs::write(to.join(name), bytes).map_err(Error::io(to.join(name)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes `config.json` into `to`, as in `from` but for the data type.
+pub fn write_config(from: &Path, to: &Path, dtype: SaveDtype) -> Result<(), Error> {
+    let path = from.join("config.json");
+    let mut config = read_json(&path)?;
+    let name = match dtype {
+        SaveDtype::AsLoaded => None,
+        SaveDtype::F32 => Some("float32"),
+        SaveDtype::Bf16 => Some("bfloat16"),
+    };
+    if let (Some(map), Some(name)) = (config.as_object_mut(), name) {
+        let keys: Vec<&str> =
+            ["dtype", "torch_dtype"].into_iter().filter(|&key| map.contains_key(key)).collect();
+        for key in if keys.is_empty() { vec!["torch_dtype"] } else { keys } {
+            map.insert(key.into(), name.into());
+        }
+    }
+    write_json(&to.join("config.json"), &config)
+}
+
+fn read_json(path: &Path) -> Result<Value, Error> {
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), source })
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(value).expect("a JSON value serialises");
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, text + "\n").map_err(Error::io(&temporary))?;
+    fs::rename(&temporary, path).map_err(Error::io(path))
+}
+
+struct OpenFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl OpenFile {
+    #[allow(unsafe_code)]
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        // SAFETY: the map is read only while loading; a file changed under it by someone else would
+        // give wrong values, as it would with any other way of reading it.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
+        Ok(Self { path, map })
+    }
+
+    fn parse(&self) -> Result<SafeTensorsList<'_>, Error> {
+        let tensors = SafeTensors::deserialize(&self.map)
+            .map_err(|e| Error::Safetensors { path: self.path.clone(), reason: e.to_string() })?;
+        Ok(tensors.tensors())
+    }
+}
+
+type SafeTensorsList<'a> = Vec<(String, safetensors::tensor::TensorView<'a>)>;
+
+fn open_files(dir: &Path) -> Result<Vec<OpenFile>, Error> {
+    let index = dir.join(INDEX);
+    if dir.join(SINGLE).exists() || !index.exists() {
+        return Ok(vec![OpenFile::open(dir.join(SINGLE))?]);
+    }
+    let json = read_json(&index)?;
+    let map = json["weight_map"].as_object();
+    let map = map.ok_or_else(|| Error::Config { path: index.clone(), reason: "no weight_map".into() })?;
+    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+    names.sort_unstable();
+    names.dedup();
+    if let Some(bad) = names.iter().find(|name| name.contains(['/', '\\'])) {
+        return Err(Error::Config { path: index, reason: format!("{bad:?} is not a file of this directory") });
+    }
+    names.into_iter().map(|name| OpenFile::open(dir.join(name))).collect()
+}
+
+/// Errors unless the names wanted and found agree, but for what transformers ignores as well.
+fn check_names<T>(
+    dir: &Path,
+    config: &Config,
+    wanted: &[(String, Vec<usize>)],
+    found: &HashMap<String, T>,
+) -> Result<(), Error> {
+    let missing: Vec<&str> =
+        wanted.iter().map(|(name, _)| name.as_str()).filter(|&name| !found.contains_key(name)).collect();
+    let known: std::collections::HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+    let ignored = |name: &str| {
+        (config.tied && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq")
+    };
+    let mut unexpected: Vec<&str> =
+        found.keys().map(String::as_str).filter(|&name| !known.contains(name) && !ignored(name)).collect();
+    unexpected.sort_unstable();
+    for (what, names) in [("missing", missing), ("unexpected", unexpected)] {
+        if !names.is_empty() {
+            let shown = names.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+            let more = if names.len() > 5 { ", …" } else { "" };
+            let reason = format!(
+                "{} {what} weights for model_type {:?}: {shown}{more}",
+                names.len(),
+                config.model_type
+            );
+            return Err(Error::Weights { path: dir.into(), reason });
+        }
+    }
+    Ok(())
+}
+
+fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let halves = |convert: fn([u8; 2]) -> f32| {
+        bytes.as_chunks::<2>().0.iter().map(|&pair| convert(pair)).collect()
+    };
+    match dtype {
+        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
+        Dtype::BF16 => Some(halves(|b| bf16::from_le_bytes(b).to_f32())),
+        Dtype::F16 => Some(halves(|b| f16::from_le_bytes(b).to_f32())),
+        _ => None,
+    }
+}
+
+/// A weight on its way into a file; converted only when its turn comes.
+#[derive(Clone, Copy)]
+struct Entry<'a> {
+    weight: &'a Weight,
+    dtype: Dtype,
+}
+
+impl<'a> Entry<'a> {
+    fn new(weight: &'a Weight, dtype: SaveDtype) -> Self {
+        let dtype = match dtype {
+            SaveDtype::AsLoaded => weight.stored,
+            SaveDtype::F32 => Dtype::F32,
+            SaveDtype::Bf16 => Dtype::BF16,
+        };
+        Self { weight, dtype }
+    }
+}
+
+impl View for Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.weight.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = to_vec(self.weight.tensor.clone().inner());
+        let bytes = match self.dtype {
+            Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        };
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        let width = if self.dtype == Dtype::F32 { 4 } else { 2 };
+        self.weight.shape.iter().product::<usize>() * width
+    }
+}
+
+fn shard<'a, 'b>(entries: &'b [Entry<'a>], max: usize) -> Vec<&'b [Entry<'a>]> {
+    let mut shards = Vec::new();
+    let (mut start, mut size) = (0, 0);
+    for (i, entry) in entries.iter().enumerate() {
+        if size + entry.data_len() > max && i > start {
+            shards.push(&entries[start..i]);
+            (start, size) = (i, 0);
+        }
+        size += entry.data_len();
+    }
+    shards.push(&entries[start..]);
+    shards
+}
+
+fn write_file(path: &Path, entries: &[Entry]) -> Result<(), Error> {
+    let temporary = path.with_extension("tmp");
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let data = entries.iter().map(|entry| (entry.weight.name.as_str(), *entry));
+    safetensors::serialize_to_file(data, Some(metadata), &temporary)
+        .map_err(|e| Error::io(&temporary)(std::io::Error::other(e.to_string())))?;
+    File::open(&temporary).and_then(|file| file.sync_all()).map_err(Error::io(&temporary))?;
+    fs::rename(&temporary, path).map_err(Error::io(path))
+}
