@@ -10,7 +10,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{TensorMetadata, Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 
 use crate::kernels::attention::Operands;
@@ -37,6 +37,8 @@ pub(crate) trait FusedOps: Backend {
     /// Returns the output and the log-sum-exp of every query and head.
     fn fused_attention(q: FloatTensor<Self>, k: FloatTensor<Self>, v: FloatTensor<Self>, segments: Arc<Segments>, heads: Heads, scale: f32) -> (FloatTensor<Self>, FloatTensor<Self>);
     fn attention_backward(grad: FloatTensor<Self>, q: FloatTensor<Self>, k: FloatTensor<Self>, v: FloatTensor<Self>, out: FloatTensor<Self>, lse: FloatTensor<Self>, segments: Arc<Segments>, heads: Heads, scale: f32) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_sums(values: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FloatTensor<Self>;
+    fn sums_backward(grad: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, values: usize) -> FloatTensor<Self>;
     /// Returns the log-probabilities, the statistics and the log-sum-exp.
     fn fused_head(hidden: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn head_backward(grad: FloatTensor<Self>, hidden: FloatTensor<Self>, w: FloatTensor<Self>, lse: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> (FloatTensor<Self>, FloatTensor<Self>);
@@ -154,6 +156,26 @@ impl FusedOps for Flex {
         (like(dq, &q), like(dk, &k), like(dv, &v))
     }
 
+    fn fused_sums(values: FlexTensor, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FlexTensor {
+        let values = flat(&values);
+        let data = values.storage::<f32>();
+        let mut totals = vec![0.0_f64; sums];
+        for &(value, sum) in plan.iter() {
+            totals[sum as usize] += f64::from(data[value as usize]);
+        }
+        new(totals.into_iter().map(|total| total as f32).collect(), &[sums])
+    }
+
+    fn sums_backward(grad: FlexTensor, plan: Arc<Vec<(u32, u32)>>, values: usize) -> FlexTensor {
+        let grad = flat(&grad);
+        let data = grad.storage::<f32>();
+        let mut out = vec![0.0; values];
+        for &(value, sum) in plan.iter() {
+            out[value as usize] += data[sum as usize];
+        }
+        new(out, &[values])
+    }
+
     fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>) -> Three<Self> {
         let (hidden, w) = (flat(&hidden), flat(&w));
         let (n, [vocab, dim]) = (targets.len(), dims(&w));
@@ -215,6 +237,7 @@ node!(
         B::attention_backward(g, q, k, v, out, lse, segments, heads, scale).into()
     }
 );
+node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
 node!(
     Head<B>,
     2,
@@ -294,6 +317,21 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
             OpsKind::UnTracked(p) => p.finish(out),
         };
         (out, untracked)
+    }
+
+    fn fused_sums(values: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FloatTensor<Self> {
+        let nodes = [values.node()];
+        let values = values.into_primitive();
+        let n = values.shape()[0];
+        let out = B::fused_sums(values, plan.clone(), sums);
+        match Sums.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(p) => p.finish((plan, n), out),
+            OpsKind::UnTracked(p) => p.finish(out),
+        }
+    }
+
+    fn sums_backward(_: FloatTensor<Self>, _: Arc<Vec<(u32, u32)>>, _: usize) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
     }
 
     fn fused_head(hidden: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> Three<Self> {
@@ -391,6 +429,10 @@ pub fn attention(
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     let (out, _lse) = <Dispatch as FusedOps>::fused_attention(q, k, v, segments.clone(), heads, scale);
     Tensor::from_dispatch(out)
+}
+
+pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
+    Tensor::from_dispatch(<Dispatch as FusedOps>::fused_sums(values.into_dispatch(), plan.clone(), sums))
 }
 
 pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOutput {

@@ -149,3 +149,13 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOut
     assert_eq!(hidden.dims()[0], targets.len(), "one target for each row of `hidden`");
     route!(hidden => flex::head(hidden, w, targets), plain::head(hidden, w, targets))
 }
+
+/// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.
+/// Each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
+/// does not depend on what it is batched with.
+///
+/// # Shapes
+/// - `values`: `[n]`; returns `[sums]`.
+pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
+    route!(values => flex::sum_into(values, plan, sums), plain::sum_into(values, plan, sums))
+}

@@ -122,3 +122,14 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOut
     let stats = Tensor::cat(vec![entropy, logits.mean_dim(1), top1], 1);
     HeadOutput { logps: target.reshape([n]), stats: stats.inner() }
 }
+
+/// See [`crate::sum_into`]: a product with a 0/1 matrix.
+pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
+    let n = values.dims()[0];
+    let mut matrix = vec![0.0_f32; sums * n];
+    for &(value, sum) in plan.iter() {
+        matrix[sum as usize * n + value as usize] += 1.0;
+    }
+    let matrix = Tensor::<2>::from_data(TensorData::new(matrix, [sums, n]), &values.device());
+    matrix.cast(values.dtype()).matmul(values.reshape([n, 1])).reshape([sums])
+}

@@ -191,3 +191,16 @@ fn adamw_is_torchs() {
         assert!((f64::from(*g) - w).abs() < 2e-6, "{got:?} is not {want:?}");
     }
 }
+
+#[test]
+fn sums_match() {
+    let x = random(9, 1);
+    let plan = Arc::new(vec![(0, 0), (1, 0), (1, 2), (4, 2), (8, 1), (7, 2)]);
+    let sums = |f: &dyn Fn(Tensor<1>) -> Tensor<1>| f(x.clone().reshape([9])).reshape([3, 1]);
+    check(
+        std::slice::from_ref(&x),
+        1e-6,
+        || sums(&|v| fused_ops::sum_into(v, &plan, 3)),
+        || sums(&|v| plain::sum_into(v, &plan, 3)),
+    );
+}
