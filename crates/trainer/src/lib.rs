@@ -1,1 +1,22 @@
-//! Aligns a language model on preference pairs with anchored preference optimization.
+//! Aligns a language model on preference pairs: the loop, and what surrounds it.
+//!
+//! `train::run` is the whole story; read it first. Data comes from `pref-data`, the model from `decoder`,
+//! the losses from `apo-loss`.
+
+pub mod args;
+pub mod settings;
+
+mod backend;
+mod checkpoint;
+mod data;
+mod evaluate;
+mod inspect;
+mod logs;
+mod metrics;
+mod optimizer;
+mod preflight;
+mod reference;
+mod run_info;
+mod schedule;
+mod step;
+pub mod train;

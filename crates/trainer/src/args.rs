@@ -1,0 +1,292 @@
+//! The command line, with TRL's names.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// Align a language model on preference pairs with anchored preference optimization.
+///
+/// Flags are those of `trl dpo` in kebab-case; the same names with underscores work too. Weights are
+/// trained in 32-bit floats; batches are packed (a pair's common start is computed once, nothing is
+/// padded); reference log-probabilities are computed before training and cached.
+#[derive(Debug, Parser)]
+#[command(name = "trainer", version, after_help = EXAMPLES, args_override_self = true)]
+pub struct Args {
+    /// Directory of the model to train (config.json, tokenizer.json, safetensors).
+    #[arg(long, value_name = "DIR")]
+    pub model_name_or_path: PathBuf,
+    /// Preference pairs: a .jsonl or .json file, or a directory with train.jsonl and perhaps test.jsonl.
+    #[arg(long, value_name = "PATH")]
+    pub dataset_name: PathBuf,
+    /// Where the trained model, logs and checkpoints go.
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: PathBuf,
+    /// Replace an earlier run in the output directory.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub overwrite_output_dir: bool,
+    /// Model that the log-ratios are taken against; the initial model where not given.
+    #[arg(long, value_name = "DIR")]
+    pub ref_model_name_or_path: Option<PathBuf>,
+    /// Chat template instead of the model's: `simple`, or a file.
+    #[arg(long, value_name = "simple|FILE")]
+    pub chat_template: Option<String>,
+
+    /// Loss.
+    #[arg(long, value_enum, default_value = "sigmoid")]
+    pub loss_type: LossType,
+    /// Strength of the pull towards the reference.
+    #[arg(long)]
+    pub beta: Option<f64>,
+
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 1e-6)]
+    pub learning_rate: f64,
+    /// Shape of the learning rate over the run.
+    #[arg(long, value_enum, default_value = "linear")]
+    pub lr_scheduler_type: Scheduler,
+    /// Steps of warm-up: a count, or a fraction of all steps when below 1.
+    #[arg(long, default_value_t = 0.0)]
+    pub warmup_steps: f64,
+    /// Decoupled weight decay; not applied to biases and norms.
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 does not clip.
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+    /// Decay of AdamW's first moment.
+    #[arg(long, default_value_t = 0.9)]
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment.
+    #[arg(long, default_value_t = 0.999)]
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    #[arg(long, default_value_t = 1e-8)]
+    pub adam_epsilon: f64,
+    /// Optimizer.
+    #[arg(long, value_enum, default_value = "adamw_torch")]
+    pub optim: Optimizer,
+
+    /// Passes over the data; may be a fraction.
+    #[arg(long, default_value_t = 3.0)]
+    pub num_train_epochs: f64,
+    /// Number of optimizer steps; overrides the epochs when positive.
+    #[arg(long, default_value_t = -1, allow_negative_numbers = true)]
+    pub max_steps: i64,
+    /// Pairs of a micro-batch.
+    #[arg(long, default_value_t = 8)]
+    pub per_device_train_batch_size: usize,
+    /// Micro-batches of an optimizer step.
+    #[arg(long, default_value_t = 1)]
+    pub gradient_accumulation_steps: usize,
+    /// Pairs of an evaluation batch.
+    #[arg(long, default_value_t = 8)]
+    pub per_device_eval_batch_size: usize,
+    /// Longest sequence in tokens; longer ones are cut, and rows whose prompt alone reaches it dropped.
+    #[arg(long, default_value_t = 1024)]
+    pub max_length: usize,
+    /// Which end is kept of a sequence that is too long.
+    #[arg(long, value_enum, default_value = "keep_start")]
+    pub truncation_mode: Truncation,
+    /// Seed of the order of the rows.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Order of the rows.
+    #[arg(long, value_enum, default_value = "random")]
+    pub train_sampling_strategy: Sampling,
+
+    /// Steps between log entries.
+    #[arg(long, default_value_t = 10)]
+    pub logging_steps: usize,
+    /// When to evaluate on the test rows.
+    #[arg(long, value_enum, default_value = "no")]
+    pub eval_strategy: Strategy,
+    /// Steps between evaluations; the logging steps where not given.
+    #[arg(long)]
+    pub eval_steps: Option<usize>,
+    /// When to write checkpoints.
+    #[arg(long, value_enum, default_value = "steps")]
+    pub save_strategy: Strategy,
+    /// Steps between checkpoints.
+    #[arg(long)]
+    pub save_steps: Option<usize>,
+    /// Checkpoints kept; older ones are deleted.
+    #[arg(long)]
+    pub save_total_limit: Option<usize>,
+    /// Leave optimizer and position out of checkpoints; they cannot be resumed from.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub save_only_model: bool,
+    /// Go on from a checkpoint: `auto` takes the newest of the output directory.
+    #[arg(long, value_name = "auto|DIR")]
+    pub resume_from_checkpoint: Option<String>,
+
+    /// Compute reference log-probabilities before training, once, and cache them. Always on.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "true", default_missing_value = "true")]
+    pub precompute_ref_log_probs: bool,
+    /// Where reference log-probabilities are cached.
+    #[arg(long, value_name = "DIR")]
+    pub ref_cache_dir: Option<PathBuf>,
+
+    /// Backend; a binary has those it was built with.
+    #[arg(long, value_enum, default_value = "flex")]
+    pub backend: Backend,
+    /// Data type of the weights.
+    #[arg(long, value_enum, default_value = "float32")]
+    pub dtype: Dtype,
+    /// TRL's switch for mixed precision; only False here.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
+    pub bf16: Option<bool>,
+    /// TRL's switch for recomputing activations; only False here.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
+    pub gradient_checkpointing: Option<bool>,
+    /// Log targets; the JSON Lines files are always written.
+    #[arg(long, value_enum, num_args = 1.., default_value = "jsonl")]
+    pub report_to: Vec<Report>,
+    /// No progress bar.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub disable_tqdm: bool,
+    /// Print the first N rows token by token with their mask, and exit.
+    #[arg(long, value_name = "N")]
+    pub inspect: Option<usize>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  trainer --model-name-or-path models/SmolLM2-135M-Instruct --dataset-name pairs/ \\
+          --loss-type apo_zero --learning-rate 1e-6 --output-dir runs/apo
+  trainer … --eval-strategy steps --eval-steps 50 --save-steps 100 --save-total-limit 2
+  trainer … --resume-from-checkpoint auto
+  trainer … --inspect 2";
+
+/// Loss functions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum LossType {
+    /// DPO.
+    Sigmoid,
+    /// APO-zero: for winners better than the model (CLAIR).
+    ApoZero,
+    /// APO-down: for a model better than the winners.
+    ApoDown,
+    /// Cross-entropy of the chosen completions.
+    Sft,
+}
+
+/// Learning-rate schedules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Scheduler {
+    /// Straight down to 0.
+    Linear,
+    /// Half a cosine down to 0.
+    Cosine,
+    /// No change.
+    Constant,
+    /// Warm-up, then no change.
+    ConstantWithWarmup,
+}
+
+/// Optimizers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// AdamW with decoupled weight decay.
+    AdamwTorch,
+    /// The same; TRL's name for its fused kernel.
+    AdamwTorchFused,
+}
+
+/// Truncation of long sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Truncation {
+    /// Keep the start.
+    KeepStart,
+}
+
+/// Order of training rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Sampling {
+    /// A new seeded permutation each epoch.
+    Random,
+    /// As in the file.
+    Sequential,
+}
+
+/// When something happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// Never.
+    No,
+    /// Every so many steps.
+    Steps,
+    /// At the end of each epoch.
+    Epoch,
+}
+
+/// Backends that may be built in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// Pure Rust, CPU.
+    Flex,
+    /// LibTorch, CPU.
+    Tch,
+    /// LibTorch, CUDA.
+    Cuda,
+    /// Vulkan, Metal or DirectX 12.
+    Wgpu,
+}
+
+/// Data types of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 32-bit floats.
+    Float32,
+}
+
+/// Log targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Report {
+    /// JSON Lines files in the output directory.
+    Jsonl,
+    /// Nothing besides them.
+    None,
+}
+
+fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "True" | "true" | "1" => Ok(true),
+        "False" | "false" | "0" => Ok(false),
+        _ => Err("expected True or False".into()),
+    }
+}
+
+/// Turns `--learning_rate` into `--learning-rate`; values are left as they are.
+pub fn kebab(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    args.into_iter()
+        .map(|arg| match arg.to_str() {
+            Some(text) if text.starts_with("--") => {
+                let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
+                let name = name.replace('_', "-");
+                value.map_or(name.clone(), |value| format!("{name}={value}")).into()
+            }
+            _ => arg,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trls_spelling_is_understood() {
+        let line = "trainer --model_name_or_path m --dataset_name d --output_dir=my_dir --loss_type apo_zero \
+                    --bf16 False --save_only_model --report_to none --max_steps 12";
+        let args = Args::try_parse_from(kebab(line.split_whitespace().map(OsString::from))).unwrap();
+        assert_eq!(args.loss_type, LossType::ApoZero);
+        assert_eq!(args.output_dir, PathBuf::from("my_dir"));
+        assert_eq!((args.bf16, args.save_only_model, args.max_steps), (Some(false), true, 12));
+    }
+}

@@ -1,0 +1,172 @@
+//! Checkpoints: a directory that appears whole or not at all, and everything needed to go on from it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::{Device, Tensor, TensorData};
+use decoder::{Decoder, SaveDtype, copy_companions, write_config};
+use fused_ops::Moments;
+use pref_data::write_atomic;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::metrics::Window;
+use crate::optimizer::Optimizer;
+use crate::settings::Settings;
+
+const STATE: &str = "trainer_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+/// Hugging Face's own limit.
+const MAX_SHARD: usize = 5_000_000_000;
+
+/// Position of a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Optimizer steps done.
+    pub step: usize,
+    /// Tokens seen, as TRL counts them.
+    pub num_tokens: usize,
+    /// Metrics since the last log entry.
+    pub window: Window,
+    /// What must be the same when the run goes on.
+    pub fingerprint: HashMap<String, String>,
+}
+
+/// What a resumed run must have in common with the one that wrote the checkpoint.
+pub fn fingerprint(settings: &Settings, total_steps: usize, data_hash: &str) -> HashMap<String, String> {
+    let entries = [
+        ("loss-type", settings.loss_type.clone()),
+        ("beta", settings.beta.to_string()),
+        ("learning-rate", settings.learning_rate.to_string()),
+        ("lr-scheduler-type", settings.lr_scheduler_type.clone()),
+        ("per-device-train-batch-size", settings.train_batch.to_string()),
+        ("gradient-accumulation-steps", settings.accumulation.to_string()),
+        ("seed", settings.seed.to_string()),
+        ("train-sampling-strategy", if settings.shuffle { "random" } else { "sequential" }.into()),
+        ("total steps", total_steps.to_string()),
+        ("training data", data_hash.to_string()),
+    ];
+    entries.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+}
+
+/// Writes the model in Hugging Face layout, in 32-bit floats.
+pub fn write_model(model: &Decoder, source: &Path, dir: &Path) -> Result<()> {
+    copy_companions(source, dir)?;
+    write_config(source, dir, SaveDtype::F32)?;
+    model.save(dir, SaveDtype::F32, MAX_SHARD)?;
+    Ok(())
+}
+
+/// Writes `checkpoint-<step>` and deletes older ones beyond the limit.
+pub fn write(settings: &Settings, model: &Decoder, optimizer: &Optimizer, state: &State) -> Result<PathBuf> {
+    let root = &settings.output_dir;
+    let target = root.join(format!("checkpoint-{}", state.step));
+    let temporary = root.join(format!(".checkpoint-{}.tmp", state.step));
+    let context = || format!("{}: cannot write the checkpoint", target.display());
+    remove(&temporary).with_context(context)?;
+    fs::create_dir_all(&temporary).with_context(context)?;
+    write_model(model, &settings.model, &temporary)?;
+    if !settings.save_only_model {
+        write_optimizer(&temporary.join(OPTIMIZER), model, optimizer)?;
+        let text = serde_json::to_string_pretty(state).context("the state serialises")?;
+        write_atomic(&temporary.join(STATE), |out| out.write_all(text.as_bytes()))?;
+    }
+    remove(&target).with_context(context)?;
+    fs::rename(&temporary, &target).with_context(context)?;
+    if let Some(limit) = settings.save_total_limit {
+        let all = list(root)?;
+        for (_, old) in all.iter().take(all.len().saturating_sub(limit)) {
+            fs::remove_dir_all(old).with_context(|| format!("{}: cannot delete", old.display()))?;
+        }
+    }
+    Ok(target)
+}
+
+fn remove(dir: &Path) -> std::io::Result<()> {
+    if dir.exists() { fs::remove_dir_all(dir) } else { Ok(()) }
+}
+
+/// Checkpoints of an output directory, oldest first.
+pub fn list(root: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    if !root.exists() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(root).with_context(|| format!("{}: cannot list", root.display()))?;
+    let mut found: Vec<(usize, PathBuf)> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let step = path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()?;
+            Some((step, path))
+        })
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// The newest checkpoint that can be resumed from.
+pub fn newest(root: &Path) -> Result<Option<PathBuf>> {
+    Ok(list(root)?.into_iter().rev().map(|(_, path)| path).find(|path| path.join(STATE).is_file()))
+}
+
+/// Reads the position of a checkpoint and checks that it belongs to this run.
+pub fn read_state(dir: &Path, fingerprint: &HashMap<String, String>) -> Result<State> {
+    let path = dir.join(STATE);
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("{}: cannot read; is this a checkpoint made without --save-only-model?", path.display()))?;
+    let state: State = serde_json::from_str(&text).with_context(|| format!("{}: malformed", path.display()))?;
+    let mut names: Vec<&String> = fingerprint.keys().collect();
+    names.sort();
+    for name in names {
+        if state.fingerprint.get(name) != fingerprint.get(name) {
+            let was = state.fingerprint.get(name).map_or("unknown", String::as_str);
+            bail!(
+                "{}: cannot go on from it: {name} was {was} and is now {}",
+                dir.display(),
+                fingerprint[name]
+            );
+        }
+    }
+    Ok(state)
+}
+
+/// Reads the optimizer's moments of a checkpoint.
+pub fn read_optimizer(dir: &Path, model: &Decoder, device: &Device) -> Result<Optimizer> {
+    let path = dir.join(OPTIMIZER);
+    let bytes = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{}: broken", path.display()))?;
+    let mut optimizer = Optimizer::new(model.weights().len());
+    for (index, weight) in model.weights().iter().enumerate() {
+        let read = |moment: &str| -> Option<Tensor<2>> {
+            let view = tensors.tensor(&format!("{moment}.{}", weight.name)).ok()?;
+            let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            let dims = weight.tensor.dims();
+            (values.len() == dims[0] * dims[1])
+                .then(|| Tensor::from_data(TensorData::new(values, dims), device))
+        };
+        if let (Some(first), Some(second)) = (read("first"), read("second")) {
+            optimizer.restore(index, Moments { first, second });
+        }
+    }
+    Ok(optimizer)
+}
+
+fn write_optimizer(path: &Path, model: &Decoder, optimizer: &Optimizer) -> Result<()> {
+    let bytes = |tensor: &Tensor<2>| -> Vec<u8> {
+        let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("moments are floats");
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    };
+    let mut data = Vec::new();
+    for (name, moments) in optimizer.state(model) {
+        let shape = moments.first.dims().to_vec();
+        data.push((format!("first.{name}"), shape.clone(), bytes(&moments.first)));
+        data.push((format!("second.{name}"), shape, bytes(&moments.second)));
+    }
+    let views = data
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    safetensors::serialize_to_file(views, None, path).with_context(|| format!("{}: cannot write", path.display()))
+}

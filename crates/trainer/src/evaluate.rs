@@ -1,0 +1,38 @@
+//! Evaluation on the test rows during training.
+
+use std::time::Instant;
+
+use decoder::Decoder;
+use pref_data::PreparedRow;
+use serde_json::{Map, Value};
+
+use crate::metrics::Window;
+use crate::settings::Settings;
+use crate::step::{Micro, RefLogps};
+
+/// Metrics of the test rows with TRL's `eval_` names. As in TRL the loss is a mean over rows and every
+/// other metric a mean over batches; the two differ only when the last batch is smaller.
+pub fn run(
+    model: &Decoder,
+    rows: &[PreparedRow],
+    reference: &[RefLogps],
+    settings: &Settings,
+    train_tokens: usize,
+) -> Map<String, Value> {
+    let started = Instant::now();
+    let model = model.frozen();
+    let (mut window, mut loss) = (Window::default(), 0.0);
+    for (rows, reference) in rows.chunks(settings.eval_batch).zip(reference.chunks(settings.eval_batch)) {
+        let micro = Micro::new(rows);
+        let (metrics, _) = micro.run(&model, settings.loss, settings.beta, reference, None);
+        loss += metrics.loss * rows.len() as f64;
+        window.add(&metrics);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let mut entry = window.means("eval_");
+    entry.insert("eval_loss".into(), (loss / rows.len() as f64).into());
+    entry.insert("eval_num_tokens".into(), train_tokens.into());
+    entry.insert("eval_runtime".into(), seconds.into());
+    entry.insert("eval_samples_per_second".into(), (rows.len() as f64 / seconds).into());
+    entry
+}

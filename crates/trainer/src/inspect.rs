@@ -1,0 +1,34 @@
+//! `--inspect N`: rows token by token, as the loss sees them.
+
+use std::io::{Result, Write};
+
+use pref_data::{PreparedRow, Tokenizer};
+
+/// Prints the first `n` rows: each token with its id, its text, and which completion it is scored for.
+pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &[PreparedRow], n: usize) -> Result<()> {
+    for row in rows.iter().take(n) {
+        let tokens = &row.tokens;
+        let shared = tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
+        writeln!(
+            out,
+            "row {} (id {}): prompt {}, chosen {}, rejected {}, shared start of the completions {shared}",
+            row.row,
+            row.id,
+            tokens.prompt.len(),
+            tokens.chosen.len(),
+            tokens.rejected.len()
+        )?;
+        let mut section = |mask: &str, start: usize, ids: &[u32]| -> Result<()> {
+            for (i, &id) in ids.iter().enumerate() {
+                writeln!(out, "{mask:9} {:5} {id:7} {:?}", start + i, tokenizer.token(id))?;
+            }
+            Ok(())
+        };
+        let prompt = tokens.prompt.len();
+        section("-", 0, &tokens.prompt)?;
+        section("both", prompt, &tokens.chosen[..shared])?;
+        section("chosen", prompt + shared, &tokens.chosen[shared..])?;
+        section("rejected", prompt + shared, &tokens.rejected[shared..])?;
+    }
+    Ok(())
+}

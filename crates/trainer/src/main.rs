@@ -1,0 +1,46 @@
+//! The `trainer` command.
+
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use clap::Parser;
+use trainer::args::{Args, kebab};
+use trainer::settings::Settings;
+use trainer::train::{INTERRUPTED, Outcome, run};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[allow(clippy::print_stderr)]
+fn main() -> ExitCode {
+    let args = Args::parse_from(kebab(std::env::args_os()));
+    let inspect = args.inspect;
+    let settings = match Settings::new(args) {
+        Ok(settings) => settings,
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            return ExitCode::from(2);
+        }
+    };
+    // A second Ctrl-C ends the process at once.
+    let handler = ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("interrupt: finishing this step and saving; press Ctrl-C again to stop at once");
+    });
+    if let Err(error) = handler {
+        eprintln!("warning: no Ctrl-C handling: {error}");
+    }
+    match run(&settings, inspect) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => {
+            eprintln!("hint: go on with --resume-from-checkpoint auto");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}

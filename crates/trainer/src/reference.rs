@@ -1,0 +1,101 @@
+//! Reference log-probabilities: computed once for a model and a tokenized data set, cached by their
+//! hashes.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use blake3::Hasher;
+use decoder::Decoder;
+use pref_data::{PreparedRow, write_atomic};
+
+use crate::step::{Micro, RefLogps};
+
+/// Hash of a model directory's configuration and weights.
+pub fn model_hash(dir: &Path) -> Result<String> {
+    let mut files: Vec<PathBuf> = fs::read_dir(dir)
+        .with_context(|| format!("{}: cannot list", dir.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            path.extension().is_some_and(|e| e == "safetensors") || path.file_name().is_some_and(|n| n == "config.json")
+        })
+        .collect();
+    files.sort();
+    let mut hasher = Hasher::new();
+    for file in files {
+        hasher.update(file.file_name().unwrap_or_default().as_encoded_bytes());
+        hasher.update_mmap(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Hash of tokenized rows.
+pub fn data_hash(rows: &[PreparedRow]) -> String {
+    let mut hasher = Hasher::new();
+    for row in rows {
+        for ids in [&row.tokens.prompt, &row.tokens.chosen, &row.tokens.rejected] {
+            hasher.update(&(ids.len() as u64).to_le_bytes());
+            ids.iter().for_each(|id| {
+                hasher.update(&id.to_le_bytes());
+            });
+        }
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Reads the cache, if it holds this model and data.
+pub fn read(path: &Path, rows: usize) -> Option<Vec<RefLogps>> {
+    let bytes = fs::read(path).ok()?;
+    let (data, checksum) = bytes.split_at_checked(rows * 8)?;
+    if blake3::hash(data).as_bytes() != checksum {
+        return None;
+    }
+    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+    Some(data.chunks_exact(8).map(|pair| [number(&pair[..4]), number(&pair[4..])]).collect())
+}
+
+/// Writes the cache: the values and their checksum.
+pub fn write(path: &Path, values: &[RefLogps]) -> Result<()> {
+    let data: Vec<u8> = values.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
+    }
+    write_atomic(path, |out| {
+        out.write_all(&data)?;
+        out.write_all(blake3::hash(&data).as_bytes())
+    })?;
+    Ok(())
+}
+
+/// The cache file for a model and data.
+pub fn cache_path(dir: Option<&Path>, model_hash: &str, data_hash: &str) -> PathBuf {
+    let base = dir.map_or_else(default_cache, Path::to_path_buf);
+    let key = blake3::hash(format!("{model_hash}{data_hash}").as_bytes()).to_hex();
+    base.join(format!("{}.logps", &key[..32]))
+}
+
+fn default_cache() -> PathBuf {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("XDG_CACHE_HOME")
+        .or_else(|| var("HOME").map(|home| home.join(".cache")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("clair-apo/reference")
+}
+
+/// Computes the log-probabilities of all rows, batched as training will batch them, so that before the
+/// first step policy and reference agree to the bit.
+pub fn compute(
+    model: &Decoder,
+    rows: &[PreparedRow],
+    batches: &[Vec<usize>],
+    mut progress: impl FnMut(usize),
+) -> Vec<RefLogps> {
+    let mut values: HashMap<usize, RefLogps> = HashMap::with_capacity(rows.len());
+    for batch in batches {
+        let micro = Micro::new(batch.iter().map(|&i| &rows[i]));
+        values.extend(batch.iter().copied().zip(micro.logps(model)));
+        progress(batch.len());
+    }
+    (0..rows.len()).map(|i| values[&i]).collect()
+}

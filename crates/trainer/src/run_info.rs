@@ -1,0 +1,55 @@
+//! `run.json`: what ran, on what, and what it cost.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use pref_data::write_atomic;
+use serde::Serialize;
+
+use crate::preflight::{DataReport, MemoryPlan};
+use crate::settings::Settings;
+
+/// Contents of `run.json`.
+#[derive(Debug, Serialize)]
+pub struct RunInfo<'a> {
+    pub status: &'static str,
+    pub version: &'static str,
+    pub commit: &'static str,
+    pub device: &'static str,
+    pub threads: usize,
+    pub dtype: &'static str,
+    pub dtype_reason: &'static str,
+    pub settings: &'a Settings,
+    pub total_steps: usize,
+    pub resumed_from_step: usize,
+    pub model_hash: &'a str,
+    pub data_hash: &'a str,
+    pub data: &'a DataReport,
+    pub dropped_ids: &'a [String],
+    pub memory_plan: MemoryPlan,
+    pub reference_from_cache: bool,
+    pub reference_seconds: f64,
+    pub train_seconds: f64,
+    pub computed_tokens: usize,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+impl RunInfo<'_> {
+    /// Writes `run.json` into the output directory, atomically.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)?;
+        Ok(write_atomic(&dir.join("run.json"), |out| out.write_all(text.as_bytes()))?)
+    }
+}
+
+/// Commit the binary was built from.
+pub const COMMIT: &str = env!("BUILD_COMMIT");
+
+/// Largest resident memory of this process so far, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,197 @@
+//! Validated settings: every rule that involves more than one flag is here.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::args::{Args, Backend, LossType, Sampling, Scheduler, Strategy};
+
+/// How often something happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Every {
+    /// Never.
+    Never,
+    /// Every so many steps.
+    Steps(usize),
+    /// At the end of each epoch.
+    Epoch,
+}
+
+/// Where to go on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    /// Start anew.
+    No,
+    /// The newest checkpoint of the output directory, or anew when there is none.
+    Auto,
+    /// This checkpoint.
+    From(PathBuf),
+}
+
+/// Everything a run needs to know, resolved; the fields stand for the flags of [`Args`].
+#[allow(missing_docs)]
+#[derive(Debug, Clone, Serialize)]
+pub struct Settings {
+    pub model: PathBuf,
+    pub reference: Option<PathBuf>,
+    pub dataset: PathBuf,
+    pub output_dir: PathBuf,
+    pub overwrite: bool,
+    pub chat_template: Option<String>,
+    pub loss_type: String,
+    #[serde(skip)]
+    pub loss: LossType,
+    pub beta: f64,
+    pub learning_rate: f64,
+    #[serde(skip)]
+    pub scheduler: Scheduler,
+    pub lr_scheduler_type: String,
+    pub warmup_steps: f64,
+    pub weight_decay: f64,
+    pub max_grad_norm: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    pub num_train_epochs: f64,
+    pub max_steps: Option<usize>,
+    pub train_batch: usize,
+    pub accumulation: usize,
+    pub eval_batch: usize,
+    pub max_length: usize,
+    pub seed: u64,
+    pub shuffle: bool,
+    pub logging_steps: usize,
+    pub evaluate: Every,
+    pub save: Every,
+    pub save_total_limit: Option<usize>,
+    pub save_only_model: bool,
+    pub resume: Resume,
+    pub ref_cache_dir: Option<PathBuf>,
+    #[serde(skip)]
+    pub backend: Backend,
+    pub progress_bar: bool,
+}
+
+impl Settings {
+    /// Checks flags against each other. An `Err` is a usage error.
+    pub fn new(args: Args) -> Result<Self, String> {
+        refuse_what_has_no_effect(&args)?;
+        let positive = |name: &str, value: usize| {
+            if value == 0 { Err(format!("--{name} must be at least 1")) } else { Ok(value) }
+        };
+        let at_least_zero = |name: &str, value: f64| {
+            if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(format!("--{name} must be 0 or more, not {value}")) }
+        };
+        let logging_steps = positive("logging-steps", args.logging_steps)?;
+        let evaluate = match args.eval_strategy {
+            Strategy::No => Every::Never,
+            Strategy::Steps => Every::Steps(positive("eval-steps", args.eval_steps.unwrap_or(logging_steps))?),
+            Strategy::Epoch => Every::Epoch,
+        };
+        let save = match args.save_strategy {
+            Strategy::No => Every::Never,
+            Strategy::Steps => Every::Steps(positive("save-steps", args.save_steps.unwrap_or(500))?),
+            Strategy::Epoch => Every::Epoch,
+        };
+        let max_steps = usize::try_from(args.max_steps).ok().filter(|&steps| steps > 0);
+        if max_steps.is_none() && args.num_train_epochs <= 0.0 {
+            return Err("give --num-train-epochs or --max-steps above 0".into());
+        }
+        let resume = match args.resume_from_checkpoint.as_deref() {
+            None => Resume::No,
+            Some("auto" | "True" | "true") => Resume::Auto,
+            Some(path) => Resume::From(path.into()),
+        };
+        Ok(Self {
+            chat_template: args.chat_template.as_deref().map(read_template).transpose()?,
+            model: args.model_name_or_path,
+            reference: args.ref_model_name_or_path,
+            dataset: args.dataset_name,
+            output_dir: args.output_dir,
+            overwrite: args.overwrite_output_dir,
+            loss_type: value_name(&args.loss_type),
+            loss: args.loss_type,
+            beta: at_least_zero("beta", args.beta.unwrap_or(0.1))?,
+            learning_rate: at_least_zero("learning-rate", args.learning_rate)?,
+            lr_scheduler_type: value_name(&args.lr_scheduler_type),
+            scheduler: args.lr_scheduler_type,
+            warmup_steps: at_least_zero("warmup-steps", args.warmup_steps)?,
+            weight_decay: at_least_zero("weight-decay", args.weight_decay)?,
+            max_grad_norm: at_least_zero("max-grad-norm", args.max_grad_norm)?,
+            adam_beta1: fraction("adam-beta1", args.adam_beta1)?,
+            adam_beta2: fraction("adam-beta2", args.adam_beta2)?,
+            adam_epsilon: at_least_zero("adam-epsilon", args.adam_epsilon)?,
+            num_train_epochs: args.num_train_epochs,
+            max_steps,
+            train_batch: positive("per-device-train-batch-size", args.per_device_train_batch_size)?,
+            accumulation: positive("gradient-accumulation-steps", args.gradient_accumulation_steps)?,
+            eval_batch: positive("per-device-eval-batch-size", args.per_device_eval_batch_size)?,
+            max_length: positive("max-length", args.max_length)?,
+            seed: args.seed,
+            shuffle: args.train_sampling_strategy == Sampling::Random,
+            logging_steps,
+            evaluate,
+            save,
+            save_total_limit: args.save_total_limit.map(|n| positive("save-total-limit", n)).transpose()?,
+            save_only_model: args.save_only_model,
+            resume,
+            ref_cache_dir: args.ref_cache_dir,
+            backend: args.backend,
+            progress_bar: !args.disable_tqdm,
+        })
+    }
+}
+
+/// Flags that would do nothing in this run are errors.
+fn refuse_what_has_no_effect(args: &Args) -> Result<(), String> {
+    let rules = [
+        (args.bf16 == Some(true), "--bf16 True: mixed precision is not available with this backend; leave it out or give False"),
+        (
+            args.gradient_checkpointing == Some(true),
+            "--gradient-checkpointing True is not available yet; leave it out or give False",
+        ),
+        (!args.precompute_ref_log_probs, "--precompute-ref-log-probs False: reference log-probabilities are always precomputed; leave it out"),
+        (
+            args.eval_strategy != Strategy::Steps && args.eval_steps.is_some(),
+            "--eval-steps has no effect without --eval-strategy steps",
+        ),
+        (
+            args.save_strategy != Strategy::Steps && args.save_steps.is_some(),
+            "--save-steps has no effect without --save-strategy steps",
+        ),
+        (
+            args.save_strategy == Strategy::No && args.save_total_limit.is_some(),
+            "--save-total-limit has no effect with --save-strategy no",
+        ),
+        (
+            args.lr_scheduler_type == Scheduler::Constant && args.warmup_steps > 0.0,
+            "--warmup-steps has no effect with --lr-scheduler-type constant; use constant_with_warmup",
+        ),
+        (
+            args.overwrite_output_dir && args.resume_from_checkpoint.is_some(),
+            "--overwrite-output-dir and --resume-from-checkpoint contradict each other",
+        ),
+        (
+            args.save_only_model && args.resume_from_checkpoint.is_some(),
+            "--save-only-model writes checkpoints that --resume-from-checkpoint cannot use; leave one out",
+        ),
+    ];
+    rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, reason)| Err(reason.into()))
+}
+
+fn fraction(name: &str, value: f64) -> Result<f64, String> {
+    if (0.0..1.0).contains(&value) { Ok(value) } else { Err(format!("--{name} must be in [0, 1), not {value}")) }
+}
+
+fn read_template(given: &str) -> Result<String, String> {
+    if given == "simple" {
+        return Ok(given.into());
+    }
+    std::fs::read_to_string(Path::new(given)).map_err(|e| format!("--chat-template {given}: {e}"))
+}
+
+fn value_name(value: &impl clap::ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+}

@@ -1,0 +1,429 @@
+//! The whole run, top to bottom.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use decoder::{Decoder, Positions};
+use pref_data::{Prepared, PreparedRow, Tokenizer};
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{self, State};
+use crate::data::{self, Data, micro_batches};
+use crate::logs::{self, Logs, Progress};
+use crate::metrics::Window;
+use crate::optimizer::Optimizer;
+use crate::preflight::{self, MemoryPlan};
+use crate::run_info::{COMMIT, RunInfo, peak_memory};
+use crate::schedule;
+use crate::settings::{Every, Resume, Settings};
+use crate::step::{Micro, RefLogps};
+use crate::{backend, evaluate, inspect, reference};
+
+/// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The trained model is in the output directory.
+    Done,
+    /// Stopped by the user; a checkpoint is in the output directory.
+    Interrupted,
+}
+
+/// Trains, from data to the written model.
+pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> {
+    let (device, device_name) = backend::open(settings.backend)?;
+    let tokenizer = Tokenizer::load(&settings.model, settings.chat_template.as_deref())?;
+    let data = data::load(settings, &tokenizer, settings.evaluate != Every::Never)?;
+    if let Some(n) = inspect_rows {
+        inspect::print(&mut std::io::stdout().lock(), &tokenizer, &data.train.rows, n)?;
+        return Ok(Outcome::Done);
+    }
+    let resume = open_output(settings)?;
+    let plan = Plan::new(settings, data.train.rows.len());
+    let model_hash = reference::model_hash(settings.reference.as_ref().unwrap_or(&settings.model))?;
+    let data_hash = reference::data_hash(&data.train.rows);
+    let fingerprint = checkpoint::fingerprint(settings, plan.total, &data_hash);
+    let state = match &resume {
+        Some(dir) => checkpoint::read_state(dir, &fingerprint)?,
+        None => State { fingerprint, ..State::default() },
+    };
+
+    let model = Decoder::load(&settings.model, &device)?;
+    check_fit(&model, &data, settings)?;
+    let report = preflight::data_report(&data.train, &tokenizer);
+    let memory = MemoryPlan::new(model.config(), plan.most_tokens(&data.train.rows));
+    for line in preflight::lines(settings, &report, &memory, plan.total) {
+        say(&line);
+    }
+
+    let started = Instant::now();
+    let references = References::get(settings, &model, &data, &plan, &model_hash, &device)?;
+    let reference_seconds = started.elapsed().as_secs_f64();
+    let (model, optimizer) = match &resume {
+        Some(dir) => {
+            say(&format!("going on from {} (step {})", dir.display(), state.step));
+            let model = Decoder::load(dir, &device)?;
+            let optimizer = checkpoint::read_optimizer(dir, &model, &device)?;
+            (model, optimizer)
+        }
+        None => {
+            let weights = model.weights().len();
+            (model, Optimizer::new(weights))
+        }
+    };
+    let resumed_from_step = state.step;
+    let mut training = Training {
+        settings,
+        plan: &plan,
+        data: &data,
+        references: &references,
+        model: model.tracked(),
+        optimizer,
+        logs: Logs::open(&settings.output_dir, state.step)?,
+        state,
+        computed_tokens: 0,
+    };
+    let mut info = RunInfo {
+        status: "running",
+        version: env!("CARGO_PKG_VERSION"),
+        commit: COMMIT,
+        device: device_name,
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        dtype: "float32",
+        dtype_reason: "the only data type of this backend with full training precision",
+        settings,
+        total_steps: plan.total,
+        resumed_from_step,
+        model_hash: &model_hash,
+        data_hash: &data_hash,
+        data: &report,
+        dropped_ids: &data.train.dropped,
+        memory_plan: memory,
+        reference_from_cache: references.cached,
+        reference_seconds,
+        train_seconds: 0.0,
+        computed_tokens: 0,
+        peak_memory_bytes: None,
+    };
+    info.write(&settings.output_dir)?;
+    let started = Instant::now();
+    let outcome = training.all_steps()?;
+    if outcome == Outcome::Done {
+        checkpoint::write_model(&training.model, &settings.model, &settings.output_dir)?;
+    }
+    info.status = if outcome == Outcome::Done { "complete" } else { "interrupted" };
+    info.train_seconds = started.elapsed().as_secs_f64();
+    info.computed_tokens = training.computed_tokens;
+    info.peak_memory_bytes = peak_memory();
+    info.write(&settings.output_dir)?;
+    Ok(outcome)
+}
+
+/// Steps of the run and the rows of each.
+struct Plan {
+    rows: usize,
+    batch: usize,
+    accumulation: usize,
+    shuffle: bool,
+    seed: u64,
+    /// Micro-batches and optimizer steps of an epoch.
+    micros_per_epoch: usize,
+    steps_per_epoch: usize,
+    total: usize,
+}
+
+impl Plan {
+    fn new(settings: &Settings, rows: usize) -> Self {
+        let micros_per_epoch = rows.div_ceil(settings.train_batch);
+        let steps_per_epoch = micros_per_epoch.div_ceil(settings.accumulation);
+        let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as usize;
+        Self {
+            rows,
+            batch: settings.train_batch,
+            accumulation: settings.accumulation,
+            shuffle: settings.shuffle,
+            seed: settings.seed,
+            micros_per_epoch,
+            steps_per_epoch,
+            total: settings.max_steps.unwrap_or(by_epochs).max(1),
+        }
+    }
+
+    fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
+        micro_batches(self.rows, self.batch, self.shuffle, self.seed, epoch)
+    }
+
+    /// Micro-batches of step `step` (from 0): the last step of an epoch may have fewer.
+    fn micros(&self, step: usize) -> Vec<Vec<usize>> {
+        let first = step % self.steps_per_epoch * self.accumulation;
+        self.epoch(step / self.steps_per_epoch).into_iter().skip(first).take(self.accumulation).collect()
+    }
+
+    /// Epochs done after `steps` steps, as transformers counts them.
+    fn epochs_done(&self, steps: usize) -> f64 {
+        let (whole, rest) = (steps / self.steps_per_epoch, steps % self.steps_per_epoch);
+        whole as f64 + (rest * self.accumulation) as f64 / self.micros_per_epoch as f64
+    }
+
+    fn ends_epoch(&self, steps: usize) -> bool {
+        steps.is_multiple_of(self.steps_per_epoch)
+    }
+
+    fn is_due(&self, every: Every, steps: usize) -> bool {
+        match every {
+            Every::Never => false,
+            Every::Steps(n) => steps.is_multiple_of(n),
+            Every::Epoch => self.ends_epoch(steps),
+        }
+    }
+
+    /// Packed tokens of the largest micro-batch of the first epoch.
+    fn most_tokens(&self, rows: &[PreparedRow]) -> usize {
+        let tokens = |batch: &Vec<usize>| Micro::new(batch.iter().map(|&i| &rows[i])).computed_tokens();
+        self.epoch(0).iter().map(tokens).max().unwrap_or(0)
+    }
+}
+
+/// Reference log-probabilities of both splits.
+struct References {
+    train: Vec<RefLogps>,
+    test: Vec<RefLogps>,
+    cached: bool,
+}
+
+impl References {
+    fn get(
+        settings: &Settings,
+        model: &Decoder,
+        data: &Data,
+        plan: &Plan,
+        model_hash: &str,
+        device: &Device,
+    ) -> Result<Self> {
+        let loaded = settings.reference.as_ref().map(|dir| Decoder::load(dir, device)).transpose()?;
+        let model = loaded.as_ref().unwrap_or(model);
+        let mut cached = true;
+        let mut one = |prepared: &Prepared, batches: &[Vec<usize>]| -> Result<Vec<RefLogps>> {
+            let hash = reference::data_hash(&prepared.rows);
+            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), model_hash, &hash);
+            if let Some(values) = reference::read(&path, prepared.rows.len()) {
+                return Ok(values);
+            }
+            cached = false;
+            let mut progress = Progress::new("reference", prepared.rows.len(), settings.progress_bar);
+            let mut done = 0;
+            let values = reference::compute(model, &prepared.rows, batches, |rows| {
+                done += rows;
+                progress.set(done);
+            });
+            progress.finish();
+            if let Err(error) = reference::write(&path, &values) {
+                say(&format!("WARNING: the reference log-probabilities could not be cached: {error:#}"));
+            }
+            Ok(values)
+        };
+        let train = one(&data.train, &plan.epoch(0))?;
+        let test = match &data.test {
+            Some(test) => one(test, &micro_batches(test.rows.len(), settings.eval_batch, false, 0, 0))?,
+            None => Vec::new(),
+        };
+        Ok(Self { train, test, cached })
+    }
+}
+
+struct Training<'a> {
+    settings: &'a Settings,
+    plan: &'a Plan,
+    data: &'a Data,
+    references: &'a References,
+    model: Decoder,
+    optimizer: Optimizer,
+    logs: Logs,
+    state: State,
+    computed_tokens: usize,
+}
+
+impl Training<'_> {
+    fn all_steps(&mut self) -> Result<Outcome> {
+        let mut progress = Progress::new("train", self.plan.total, self.settings.progress_bar);
+        progress.set(self.state.step);
+        let started = Instant::now();
+        while self.state.step < self.plan.total {
+            let (lr, norm) = self.one_step()?;
+            let step = self.state.step;
+            let last = step == self.plan.total;
+            progress.set(step);
+            if step.is_multiple_of(self.settings.logging_steps) || last {
+                let entry = self.log(lr, norm)?;
+                let speed = self.computed_tokens as f64 / started.elapsed().as_secs_f64();
+                progress.say(&summary(&entry, speed));
+            }
+            let interrupted = INTERRUPTED.load(Ordering::Relaxed) && !last;
+            if self.settings.evaluate != Every::Never
+                && !interrupted
+                && (self.plan.is_due(self.settings.evaluate, step) || last)
+            {
+                self.evaluate(&progress)?;
+            }
+            if interrupted || self.plan.is_due(self.settings.save, step) {
+                let path = checkpoint::write(self.settings, &self.model, &self.optimizer, &self.state)?;
+                if interrupted {
+                    progress.finish();
+                    say(&format!("interrupted after step {step}; saved {}", path.display()));
+                    return Ok(Outcome::Interrupted);
+                }
+            }
+        }
+        progress.finish();
+        Ok(Outcome::Done)
+    }
+
+    /// One optimizer step; returns its learning rate and gradient norm.
+    fn one_step(&mut self) -> Result<(f64, f64)> {
+        let micros = self.plan.micros(self.state.step);
+        let scale = 1.0 / micros.len() as f64;
+        for rows in &micros {
+            let micro = Micro::new(rows.iter().map(|&i| &self.data.train.rows[i]));
+            let reference: Vec<RefLogps> = rows.iter().map(|&i| self.references.train[i]).collect();
+            let (loss, beta) = (self.settings.loss, self.settings.beta);
+            let (metrics, gradients) = micro.run(&self.model, loss, beta, &reference, Some(scale));
+            if !metrics.loss.is_finite() {
+                bail!(self.diverged("loss", metrics.loss, std::slice::from_ref(rows)));
+            }
+            self.optimizer.accumulate(gradients);
+            self.state.window.add(&metrics);
+            self.state.num_tokens += micro.num_tokens();
+            self.computed_tokens += micro.computed_tokens();
+        }
+        let warmup = schedule::warmup(self.settings.warmup_steps, self.plan.total);
+        let factor = schedule::factor(self.settings.scheduler, self.state.step, warmup, self.plan.total);
+        let lr = self.settings.learning_rate * factor;
+        let norm = self.optimizer.step(&mut self.model, self.settings, lr, self.state.step + 1);
+        if !norm.is_finite() {
+            bail!(self.diverged("gradient norm", norm, &micros));
+        }
+        self.state.step += 1;
+        Ok((lr, norm))
+    }
+
+    fn diverged(&self, what: &str, value: f64, micros: &[Vec<usize>]) -> String {
+        let ids: Vec<&str> =
+            micros.iter().flatten().map(|&i| self.data.train.rows[i].id.as_str()).collect();
+        format!(
+            "the {what} became {value} at step {} on the rows with ids {ids:?}; lower --learning-rate, or look at these \
+             rows with --inspect; the last checkpoint is untouched",
+            self.state.step + 1
+        )
+    }
+
+    fn log(&mut self, lr: f64, norm: f64) -> Result<Map<String, Value>> {
+        let window: Window = std::mem::take(&mut self.state.window);
+        let mut entry = Map::new();
+        entry.insert("step".into(), self.state.step.into());
+        entry.insert("epoch".into(), self.plan.epochs_done(self.state.step).into());
+        entry.extend(window.means(""));
+        entry.insert("grad_norm".into(), norm.into());
+        entry.insert("learning_rate".into(), lr.into());
+        entry.insert("num_tokens".into(), self.state.num_tokens.into());
+        self.logs.train(&entry)?;
+        Ok(entry)
+    }
+
+    fn evaluate(&mut self, progress: &Progress) -> Result<()> {
+        let Some(test) = &self.data.test else { return Ok(()) };
+        let reference = &self.references.test;
+        let metrics = evaluate::run(&self.model, &test.rows, reference, self.settings, self.state.num_tokens);
+        let mut entry = Map::new();
+        entry.insert("step".into(), self.state.step.into());
+        entry.insert("epoch".into(), self.plan.epochs_done(self.state.step).into());
+        entry.extend(metrics);
+        self.logs.eval(&entry)?;
+        let number = |key: &str| entry[key].as_f64().unwrap_or(f64::NAN);
+        progress.say(&format!(
+            "eval loss {:.4}, accuracy {:.3}, margin {:.4}",
+            number("eval_loss"),
+            number("eval_rewards/accuracies"),
+            number("eval_rewards/margins")
+        ));
+        Ok(())
+    }
+}
+
+fn summary(entry: &Map<String, Value>, speed: f64) -> String {
+    let number = |key: &str| entry[key].as_f64().unwrap_or(f64::NAN);
+    format!(
+        "loss {:.4}, margin {:.4}, accuracy {:.2}, grad {:.3}, {speed:.0} tokens/s",
+        number("loss"),
+        number("rewards/margins"),
+        number("rewards/accuracies"),
+        number("grad_norm")
+    )
+}
+
+/// Makes the output directory ready; returns the checkpoint to go on from.
+fn open_output(settings: &Settings) -> Result<Option<PathBuf>> {
+    let dir = &settings.output_dir;
+    let resume = match &settings.resume {
+        Resume::No => None,
+        Resume::Auto => checkpoint::newest(dir)?,
+        Resume::From(path) => Some(path.clone()),
+    };
+    fs::create_dir_all(dir).with_context(|| format!("{}: cannot create the output directory", dir.display()))?;
+    let used = dir.join("train_log.jsonl").exists() || dir.join("config.json").exists();
+    if used && settings.resume == Resume::No {
+        if same(dir, &settings.model) {
+            bail!("{}: the output directory is the model's own; choose another", dir.display());
+        }
+        if !settings.overwrite {
+            bail!(
+                "{}: holds an earlier run; go on with --resume-from-checkpoint auto, replace it with \
+                 --overwrite-output-dir, or choose another directory",
+                dir.display()
+            );
+        }
+        logs::clear(dir)?;
+    }
+    let probe = dir.join(".writable.tmp");
+    fs::write(&probe, b"").with_context(|| format!("{}: cannot write into the output directory", dir.display()))?;
+    fs::remove_file(&probe).ok();
+    Ok(resume)
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Tokens must be in the vocabulary, and sequences within a learned position table.
+fn check_fit(model: &Decoder, data: &Data, settings: &Settings) -> Result<()> {
+    let config = model.config();
+    let rows = data.train.rows.iter().chain(data.test.iter().flat_map(|test| &test.rows));
+    for row in rows {
+        let tokens = &row.tokens;
+        let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected];
+        if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= config.vocab) {
+            bail!("record {}: token id {id} is beyond the model's vocabulary of {}", row.id, config.vocab);
+        }
+        let length = tokens.prompt.len() + tokens.chosen.len().max(tokens.rejected.len());
+        if matches!(config.positions, Positions::Learned { .. }) && length > config.max_positions {
+            bail!(
+                "record {}: {length} tokens, but the model has {} positions; set --max-length {} (it is {})",
+                row.id,
+                config.max_positions,
+                config.max_positions,
+                settings.max_length
+            );
+        }
+    }
+    Ok(())
+}
+
+#[allow(clippy::print_stderr)]
+fn say(line: &str) {
+    eprintln!("{line}");
+}
