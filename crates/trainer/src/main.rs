@@ -1,5 +1,7 @@
 //! The `trainer` command.
 
+mod allocator;
+
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -8,11 +10,9 @@ use trainer::args::{Args, kebab};
 use trainer::settings::Settings;
 use trainer::train::{INTERRUPTED, Outcome, run};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 #[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     let args = Args::parse_from(kebab(std::env::args_os()));
     let inspect = args.inspect;
     let settings = match Settings::new(args) {
