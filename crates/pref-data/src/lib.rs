@@ -20,4 +20,4 @@ pub use read::{read_jsonl, read_records, split_files};
 pub use record::{Message, Record, Text};
 pub use template::{ChatTemplate, SIMPLE};
 pub use tokenize::{PairTokens, Prepared, PreparedRow, Tokenizer, TokenizerSource, prepare};
-pub use write::{JsonlAppender, write_atomic, write_jsonl, write_parquet_pairs};
+pub use write::{JsonlAppender, hash_file, write_atomic, write_jsonl, write_parquet_pairs};

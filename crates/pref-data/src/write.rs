@@ -25,6 +25,14 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::
     Ok(())
 }
 
+/// BLAKE3 of a file's bytes, in hex.
+pub fn hash_file(path: &Path) -> Result<String, Error> {
+    let mut hasher = blake3::Hasher::new();
+    let file = File::open(path).map_err(Error::io(path))?;
+    hasher.update_reader(file).map_err(Error::io(path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// Temporary files are private; results are not.
 #[cfg(unix)]
 fn readable(file: &File) -> std::io::Result<()> {

@@ -1,0 +1,49 @@
+//! Recorded replies in place of a server.
+//!
+//! A line holds `task` and `student_solution` (or `prompt` and `answer`, or `id`) and the raw chat
+//! completion in `response`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use chat_client::Reply;
+use pref_data::read_jsonl;
+use serde_json::Value;
+
+use crate::input::Answer;
+
+/// Recorded replies by task and answer, and by id.
+#[derive(Debug, Default)]
+pub struct Replay {
+    by_text: HashMap<(String, String), Reply>,
+    by_id: HashMap<String, Reply>,
+}
+
+impl Replay {
+    /// Reads a file of recorded replies.
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut replay = Self::default();
+        for (line, row) in read_jsonl(path)? {
+            let reply = Reply::parse(row["response"].to_string().as_bytes())
+                .map_err(|reason| anyhow::anyhow!("{}:{line}: column \"response\": {reason}", path.display()))?;
+            let text = |names: [&str; 2]| names.iter().find_map(|&name| row[name].as_str()).map(str::to_owned);
+            let (task, answer) = (text(["task", "prompt"]), text(["student_solution", "answer"]));
+            let id = match &row["id"] {
+                Value::String(id) => Some(id.clone()),
+                _ => None,
+            };
+            match (task, answer, id) {
+                (Some(task), Some(answer), _) => drop(replay.by_text.insert((task, answer), reply)),
+                (_, _, Some(id)) => drop(replay.by_id.insert(id, reply)),
+                _ => bail!("{}:{line}: needs task and student_solution, or id", path.display()),
+            }
+        }
+        Ok(replay)
+    }
+
+    /// The recorded reply to an answer.
+    pub fn get(&self, answer: &Answer) -> Option<&Reply> {
+        self.by_text.get(&(answer.prompt(), answer.response.clone())).or_else(|| self.by_id.get(&answer.id))
+    }
+}
