@@ -114,6 +114,24 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// End-of-sequence ids of a model directory: those of `generation_config.json`, or else of `config.json`.
+pub fn eos_ids(dir: &Path) -> Result<Vec<u32>, Error> {
+    for name in ["generation_config.json", "config.json"] {
+        let path = dir.join(name);
+        if !path.exists() {
+            continue;
+        }
+        let ids: Vec<u32> = match &read_json(&path)?["eos_token_id"] {
+            Value::Array(ids) => ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect(),
+            id => id.as_u64().map(|id| id as u32).into_iter().collect(),
+        };
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+    }
+    Ok(Vec::new())
+}
+
 /// Writes `config.json` into `to`, as in `from` but for the data type.
 pub fn write_config(from: &Path, to: &Path, dtype: SaveDtype) -> Result<(), Error> {
     let path = from.join("config.json");

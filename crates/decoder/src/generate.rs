@@ -111,13 +111,13 @@ impl Generator {
         self.slots
     }
 
-    /// Completes every request; `done` gets each as it finishes and stops the run by returning false.
-    /// `tokens` is told after each step how many were made.
+    /// Completes every request; `done` gets each as it finishes. `tokens` is told at each step how many
+    /// were made and stops the run by returning false.
     pub fn run(
         &self,
         requests: impl IntoIterator<Item = Request>,
-        mut done: impl FnMut(Completion) -> bool,
-        mut tokens: impl FnMut(usize),
+        mut done: impl FnMut(Completion),
+        mut tokens: impl FnMut(usize) -> bool,
     ) {
         let mut waiting = requests.into_iter();
         let mut cache = self.new_cache();
@@ -131,17 +131,14 @@ impl Generator {
                 };
                 active.push(self.prefill(request, slot, &mut cache));
             }
-            if active.is_empty() {
+            if active.is_empty() || !tokens(active.len()) {
                 return;
             }
-            tokens(active.len());
             for i in (0..active.len()).rev() {
                 if let Some(stop) = self.accept(&mut active[i]) {
                     let Active { request, slot, tokens, .. } = active.remove(i);
                     free.push(slot);
-                    if !done(Completion { index: request.index, tokens, stop }) {
-                        return;
-                    }
+                    done(Completion { index: request.index, tokens, stop });
                 }
             }
             self.step(&mut active, &mut cache);

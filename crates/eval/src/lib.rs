@@ -1,1 +1,11 @@
-//! Samples from language models and measures them on held-out preference pairs.
+//! Samples from models and measures them: `sample` and `pairs`.
+//!
+//! Never depends on the trainer: a model is what its directory holds.
+
+pub mod args;
+pub mod bootstrap;
+pub mod pairs;
+pub mod report;
+pub mod sample;
+pub mod score;
+pub mod served;

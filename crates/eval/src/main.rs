@@ -1,0 +1,101 @@
+//! The `eval` command.
+
+use std::cell::RefCell;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use eval::args::{Cli, Command, SampleArgs};
+use eval::sample::{INTERRUPTED, Outcome};
+use eval::{pairs, sample, served};
+use indicatif::{ProgressBar, ProgressStyle};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[allow(clippy::print_stderr)]
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // A second Ctrl-C ends the process at once.
+    let handler = ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    if let Err(error) = handler {
+        eprintln!("warning: no Ctrl-C handling: {error}");
+    }
+    match run(&cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+#[allow(clippy::print_stderr)]
+fn run(command: &Command) -> Result<ExitCode> {
+    match command {
+        Command::Sample(args) => match answer(args)? {
+            Outcome::Done { answers } => {
+                eprintln!("{answers} answers in {}", args.out.display());
+                Ok(ExitCode::SUCCESS)
+            }
+            Outcome::Interrupted { answers, total } => {
+                eprintln!("interrupted: {answers} of {total} answers are saved; run the same command to go on");
+                Ok(ExitCode::from(130))
+            }
+        },
+        Command::Pairs(args) => {
+            let table = pairs::run(args, |text| eprintln!("{text}"))?;
+            writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn answer(args: &SampleArgs) -> Result<Outcome> {
+    let progress = Progress::new();
+    let Some(endpoint) = &args.endpoint else {
+        return sample::run(args, |done, all, tokens| progress.tell(done, all, tokens));
+    };
+    // Only fails when a provider is there already.
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    runtime.block_on(served::run(args, endpoint, |done, all| progress.tell(done, all, 0)))
+}
+
+/// A bar on a terminal, a line every few seconds elsewhere.
+struct Progress {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    last: RefCell<Instant>,
+}
+
+impl Progress {
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("sample {bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}");
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { bar, started: Instant::now(), last: RefCell::new(Instant::now()) }
+    }
+
+    #[allow(clippy::print_stderr)]
+    fn tell(&self, done: usize, all: usize, tokens: usize) {
+        let speed = tokens as f64 / self.started.elapsed().as_secs_f64();
+        if let Some(bar) = &self.bar {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+            bar.set_message(format!("{speed:.0} tokens/s"));
+        } else if self.last.borrow().elapsed().as_secs() >= 5 {
+            *self.last.borrow_mut() = Instant::now();
+            eprintln!("sample {done}/{all} | {speed:.0} tokens/s");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! `eval pairs`: held-out preference metrics.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use decoder::Decoder;
+use pref_data::{Prepared, Tokenizer, prepare, read_records, split_files, write_atomic, write_jsonl};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::args::{PairsArgs, Split};
+use crate::bootstrap::{Estimate, mean};
+use crate::report;
+use crate::score::{PairScore, score};
+
+/// TRL's default.
+const BETA: f64 = 0.1;
+
+/// Contents of `score.json`.
+#[derive(Debug, Serialize)]
+pub struct Score {
+    /// Model directory.
+    pub model: PathBuf,
+    /// Reference directory.
+    pub reference: Option<PathBuf>,
+    /// File of the pairs.
+    pub dataset: PathBuf,
+    /// Factor of the rewards.
+    pub beta: f64,
+    /// Pairs measured.
+    pub pairs: usize,
+    /// Pairs whose prompt was too long.
+    pub dropped: usize,
+    /// Pairs of which a completion was cut.
+    pub truncated: usize,
+    /// Metrics with 95 % bootstrap intervals, in the order of the printed table.
+    pub metrics: Vec<Metric>,
+}
+
+/// One line of the table.
+#[derive(Debug, Serialize)]
+pub struct Metric {
+    /// Name, TRL's where it has one.
+    pub name: &'static str,
+    /// What it says.
+    pub meaning: &'static str,
+    /// Value for the reference, where there is one.
+    pub reference: Option<f64>,
+    /// Value for the model.
+    pub model: Estimate,
+}
+
+/// Runs the command; returns the table for stdout.
+pub fn run(args: &PairsArgs, tell: impl Fn(&str)) -> Result<String> {
+    let path = choose_file(&args.dataset, args.split)?;
+    let template = args.chat_template.as_deref().map(read_template).transpose()?;
+    let tokenizer = Tokenizer::load(&args.model, template.as_deref())?;
+    let prepared = prepare(&tokenizer, &read_records(&path)?, Some(args.max_length))?;
+    if prepared.rows.is_empty() {
+        bail!("{}: every prompt reaches --max-length {}; raise it", path.display(), args.max_length);
+    }
+    fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
+    let scored = |dir: &Path| -> Result<Vec<PairScore>> {
+        let model = Decoder::load(dir, &Device::flex())?;
+        check_vocabulary(&prepared, &model, dir)?;
+        let mut done = 0;
+        Ok(score(&model, &prepared.rows, args.batch_size, |rows| {
+            done += rows;
+            tell(&format!("{}: {done}/{} pairs", dir.display(), prepared.rows.len()));
+        }))
+    };
+    let model = scored(&args.model)?;
+    let reference = args.reference.as_deref().map(scored).transpose()?;
+    let beta = args.beta.unwrap_or(BETA);
+    let metrics = metrics(&model, reference.as_deref(), beta);
+    let result = Score {
+        model: args.model.clone(),
+        reference: args.reference.clone(),
+        dataset: path,
+        beta,
+        pairs: prepared.rows.len(),
+        dropped: prepared.dropped.len(),
+        truncated: prepared.truncated,
+        metrics,
+    };
+    let rows = rows(&prepared, &model, reference.as_deref(), beta);
+    write_jsonl(&args.out.join("rows.jsonl"), &rows)?;
+    let html = report::html(&result, &rows)?;
+    write_atomic(&args.out.join("report.html"), |out| out.write_all(html.as_bytes()))?;
+    let text = serde_json::to_string_pretty(&result)?;
+    write_atomic(&args.out.join("score.json"), |out| out.write_all(text.as_bytes()))?;
+    Ok(report::table(&result))
+}
+
+fn choose_file(dataset: &Path, split: Option<Split>) -> Result<PathBuf> {
+    let (train, test) = split_files(dataset)?;
+    match (split, test) {
+        (Some(Split::Train), _) | (None, None) => Ok(train),
+        (Some(Split::Test) | None, Some(test)) => Ok(test),
+        (Some(Split::Test), None) => bail!("{}: there are no test rows (test.jsonl)", dataset.display()),
+    }
+}
+
+/// `simple`, or the text of a template file.
+pub fn read_template(given: &str) -> Result<String> {
+    if given == "simple" {
+        return Ok(given.into());
+    }
+    fs::read_to_string(given).with_context(|| format!("--chat-template {given}"))
+}
+
+fn check_vocabulary(prepared: &Prepared, model: &Decoder, dir: &Path) -> Result<()> {
+    let vocab = model.config().vocab;
+    for row in &prepared.rows {
+        let ids = [&row.tokens.prompt, &row.tokens.chosen, &row.tokens.rejected];
+        if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= vocab) {
+            bail!("record {}: token id {id} is beyond the vocabulary of {} ({vocab})", row.id, dir.display());
+        }
+    }
+    Ok(())
+}
+
+/// Rewards `β · (log π - log π_ref)` of a pair.
+fn rewards(model: &PairScore, reference: &PairScore, beta: f64) -> [f64; 2] {
+    [0, 1].map(|i| beta * (model.logps[i] - reference.logps[i]))
+}
+
+fn metrics(model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Metric> {
+    let mut all = Vec::new();
+    let mut push = |name, meaning, reference: Option<f64>, values: Vec<f64>| {
+        if let Some(model) = mean(&values) {
+            all.push(Metric { name, meaning, reference, model });
+        }
+    };
+    let average = |scores: &[PairScore], f: &dyn Fn(&PairScore) -> f64| {
+        scores.iter().map(f).sum::<f64>() / scores.len() as f64
+    };
+    if let Some(reference) = reference {
+        let pairs: Vec<[f64; 2]> = model.iter().zip(reference).map(|(m, r)| rewards(m, r, beta)).collect();
+        let of = |f: fn(&[f64; 2]) -> f64| pairs.iter().map(f).collect::<Vec<_>>();
+        let hit = |p: &[f64; 2]| f64::from(u8::from(p[0] > p[1]));
+        push("rewards/accuracies", "the winner's reward is above the loser's", Some(0.0), of(hit));
+        push("rewards/margins", "winner's reward minus loser's", Some(0.0), of(|p| p[0] - p[1]));
+        push("rewards/chosen", "winner's reward", Some(0.0), of(|p| p[0]));
+        push("rewards/rejected", "loser's reward", Some(0.0), of(|p| p[1]));
+    }
+    let mut likelihood = |name, meaning, f: &dyn Fn(&PairScore) -> f64| {
+        push(name, meaning, reference.map(|r| average(r, f)), model.iter().map(f).collect());
+    };
+    likelihood("logps/chosen", "log-likelihood of the winner", &|s| s.logps[0]);
+    likelihood("logps/rejected", "log-likelihood of the loser", &|s| s.logps[1]);
+    likelihood("logps/chosen per token", "the same a token", &|s| s.logps[0] / s.tokens[0].max(1) as f64);
+    likelihood("logps/rejected per token", "the same a token", &|s| s.logps[1] / s.tokens[1].max(1) as f64);
+    let prefers = |s: &PairScore| f64::from(u8::from(s.logps[0] > s.logps[1]));
+    likelihood("likelihood accuracy", "the winner is more likely than the loser", &prefers);
+    all
+}
+
+fn rows(prepared: &Prepared, model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Value> {
+    let row = |(i, (row, score)): (usize, (&pref_data::PreparedRow, &PairScore))| {
+        let mut value = json!({
+            "id": row.id,
+            "logps": {"chosen": score.logps[0], "rejected": score.logps[1]},
+            "tokens": {"chosen": score.tokens[0], "rejected": score.tokens[1]},
+        });
+        if let Some(reference) = reference.map(|all| &all[i]) {
+            let [chosen, rejected] = rewards(score, reference, beta);
+            value["ref_logps"] = json!({"chosen": reference.logps[0], "rejected": reference.logps[1]});
+            value["rewards"] = json!({"chosen": chosen, "rejected": rejected, "margin": chosen - rejected});
+        }
+        value
+    };
+    prepared.rows.iter().zip(model).enumerate().map(row).collect()
+}

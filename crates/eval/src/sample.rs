@@ -1,0 +1,244 @@
+//! `eval sample`: answers to a file of prompts, resumable.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use decoder::{Decoder, Generator, Positions, Request, Sampling, Stop, eos_ids};
+use pref_data::{JsonlAppender, Message, Tokenizer, read_jsonl, write_atomic, write_jsonl};
+use serde_json::{Value, json};
+
+use crate::args::SampleArgs;
+use crate::pairs::read_template;
+
+/// Set by Ctrl-C.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every prompt has its answer.
+    Done {
+        /// Answers in the file.
+        answers: usize,
+    },
+    /// Stopped by the user.
+    Interrupted {
+        /// Answers so far.
+        answers: usize,
+        /// All prompts.
+        total: usize,
+    },
+}
+
+/// One prompt.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// The `id` column, or the row's number from 0.
+    pub id: String,
+    /// The conversation.
+    pub messages: Vec<Message>,
+    /// The whole row.
+    pub row: Value,
+}
+
+/// Reads rows with `prompt` (text or messages).
+pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+    let rows = read_jsonl(path)?;
+    if rows.is_empty() {
+        bail!("{}: holds no rows", path.display());
+    }
+    let mut seen = std::collections::HashSet::new();
+    rows.into_iter()
+        .enumerate()
+        .map(|(number, (line, row))| {
+            let place = || format!("{}:{line}", path.display());
+            let messages = match &row["prompt"] {
+                Value::String(text) => json!([{"role": "user", "content": text}]),
+                list @ Value::Array(_) => list.clone(),
+                _ => bail!("{}: no column \"prompt\" with text or messages", place()),
+            };
+            let messages: Vec<Message> =
+                serde_json::from_value(messages).with_context(|| format!("{}: column \"prompt\"", place()))?;
+            let id = match &row["id"] {
+                Value::Null => number.to_string(),
+                Value::String(id) => id.clone(),
+                other => other.to_string(),
+            };
+            if !seen.insert(id.clone()) {
+                bail!("{}: the id {id:?} stands twice; ids must be unique", place());
+            }
+            Ok(Prompt { id, messages, row })
+        })
+        .collect()
+}
+
+/// The file of answers while it grows: finished rows are appended as they come, and at the end the file is
+/// written in the order of the prompts.
+pub struct Answers {
+    path: PathBuf,
+    done: HashMap<String, Value>,
+    log: JsonlAppender,
+}
+
+impl Answers {
+    /// Opens the file; answers made by an earlier run with the same settings are kept.
+    pub fn open(path: &Path, settings: &Value) -> Result<Self> {
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
+        }
+        let mut name = path.as_os_str().to_owned();
+        name.push(".settings.json");
+        let settings_path = PathBuf::from(name);
+        if path.exists() {
+            let earlier = fs::read_to_string(&settings_path).ok();
+            let earlier: Option<Value> = earlier.and_then(|text| serde_json::from_str(&text).ok());
+            if earlier.as_ref() != Some(settings) {
+                bail!(
+                    "{}: was made with other settings ({} tells); choose another --out or delete it",
+                    path.display(),
+                    settings_path.display()
+                );
+            }
+        } else {
+            let text = serde_json::to_string_pretty(settings)?;
+            write_atomic(&settings_path, |out| out.write_all(text.as_bytes()))?;
+        }
+        let (log, _torn) = JsonlAppender::open(path)?;
+        let rows = read_jsonl(path)?;
+        let id = |row: &Value| row["id"].as_str().map(str::to_owned);
+        let done = rows.into_iter().filter_map(|(_, row)| Some((id(&row)?, row))).collect();
+        Ok(Self { path: path.into(), done, log })
+    }
+
+    /// True when the prompt has its answer.
+    pub fn has(&self, id: &str) -> bool {
+        self.done.contains_key(id)
+    }
+
+    /// Number of answers.
+    pub fn len(&self) -> usize {
+        self.done.len()
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.done.is_empty()
+    }
+
+    /// Adds an answer.
+    pub fn push(&mut self, prompt: &Prompt, response: &str, finish_reason: &str, tokens: u64) -> Result<()> {
+        let mut row = prompt.row.clone();
+        row["id"] = prompt.id.clone().into();
+        row["response"] = response.into();
+        row["finish_reason"] = finish_reason.into();
+        row["completion_tokens"] = tokens.into();
+        self.log.push(&row)?;
+        self.done.insert(prompt.id.clone(), row);
+        Ok(())
+    }
+
+    /// Puts the file into the order of the prompts.
+    pub fn finish(self, prompts: &[Prompt]) -> Result<()> {
+        let rows: Vec<&Value> = prompts.iter().filter_map(|prompt| self.done.get(&prompt.id)).collect();
+        Ok(write_jsonl(&self.path, rows)?)
+    }
+}
+
+/// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
+pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
+    let prompts = read_prompts(&args.prompts)?;
+    let dir = Path::new(&args.model);
+    let template = args.chat_template.as_deref().map(read_template).transpose()?;
+    let tokenizer = Tokenizer::load(dir, template.as_deref())?;
+    let sampling = sampling(args)?;
+    let model = Decoder::load(dir, &Device::flex())?;
+    let mut eos = eos_ids(dir)?;
+    eos.extend(tokenizer.eos_id());
+    let mut requests = Vec::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let ids = tokenizer.encode_chat_prompt(&prompt.messages).with_context(|| format!("prompt {}", prompt.id))?;
+        check(&model, &ids, args.max_new_tokens, &prompt.id)?;
+        let seed = args.seed.unwrap_or(0).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index as u64);
+        requests.push(Request { index, prompt: ids, seed });
+    }
+    let settings = json!({
+        "model": args.model, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+        "top_p": args.top_p, "seed": args.seed, "chat_template": args.chat_template,
+    });
+    let mut answers = Answers::open(&args.out, &settings)?;
+    requests.retain(|request| !answers.has(&prompts[request.index].id));
+    let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
+    let batch_tokens = args.batch_tokens.unwrap_or(8192);
+    let generator = Generator::new(&model, eos, sampling, args.max_new_tokens, longest, batch_tokens);
+    let (mut failure, mut new_tokens) = (None, 0);
+    let progress = std::cell::Cell::new(answers.len());
+    let store = |completion: decoder::Completion| {
+        let prompt = &prompts[completion.index];
+        let result = tokenizer.decode(&completion.tokens).map_err(anyhow::Error::from).and_then(|text| {
+            let reason = if completion.stop == Stop::Eos { "stop" } else { "length" };
+            answers.push(prompt, &text, reason, completion.tokens.len() as u64)
+        });
+        if let Err(error) = result {
+            failure.get_or_insert(error);
+        }
+        progress.set(progress.get() + 1);
+    };
+    generator.run(requests, store, |tokens| {
+        new_tokens += tokens;
+        tell(progress.get(), prompts.len(), new_tokens);
+        !INTERRUPTED.load(Ordering::Relaxed)
+    });
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    finish(answers, &prompts)
+}
+
+/// Ends a run: complete files are put into order.
+pub fn finish(answers: Answers, prompts: &[Prompt]) -> Result<Outcome> {
+    let count = answers.len();
+    if count < prompts.len() {
+        return Ok(Outcome::Interrupted { answers: count, total: prompts.len() });
+    }
+    answers.finish(prompts)?;
+    Ok(Outcome::Done { answers: count })
+}
+
+fn sampling(args: &SampleArgs) -> Result<Sampling> {
+    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
+        bail!("--temperature must be 0 or more");
+    }
+    if args.max_new_tokens == 0 {
+        bail!("--max-new-tokens must be at least 1");
+    }
+    if args.temperature == 0.0 && (args.top_p.is_some() || args.seed.is_some()) {
+        bail!("--top-p and --seed have no effect without --temperature above 0");
+    }
+    let top_p = args.top_p.unwrap_or(1.0);
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        bail!("--top-p must be above 0 and at most 1");
+    }
+    Ok(Sampling { temperature: args.temperature, top_p })
+}
+
+fn check(model: &Decoder, ids: &[u32], new: usize, id: &str) -> Result<()> {
+    let config = model.config();
+    if ids.is_empty() {
+        bail!("prompt {id}: has no tokens");
+    }
+    if let Some(bad) = ids.iter().find(|&&token| token as usize >= config.vocab) {
+        bail!("prompt {id}: token id {bad} is beyond the model's vocabulary of {}", config.vocab);
+    }
+    if matches!(config.positions, Positions::Learned { .. }) && ids.len() + new > config.max_positions {
+        bail!(
+            "prompt {id}: {} tokens and {new} new ones exceed the model's {} positions; lower --max-new-tokens",
+            ids.len(),
+            config.max_positions
+        );
+    }
+    Ok(())
+}

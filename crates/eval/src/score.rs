@@ -1,0 +1,52 @@
+//! Log-probabilities of both completions of pairs under one model.
+
+use std::sync::Arc;
+
+use decoder::{Batch, Decoder};
+use fused_ops::Segments;
+use pref_data::{Packed, PreparedRow};
+
+/// Sums over one pair's completions.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PairScore {
+    /// Log-probability of the chosen and of the rejected completion.
+    pub logps: [f64; 2],
+    /// Their scored tokens.
+    pub tokens: [usize; 2],
+}
+
+/// Scores rows, `batch` pairs at a time.
+pub fn score(model: &Decoder, rows: &[PreparedRow], batch: usize, mut progress: impl FnMut(usize)) -> Vec<PairScore> {
+    let mut scores = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(batch.max(1)) {
+        let packed = Packed::new(rows.iter().map(|row| &row.tokens));
+        let tokens = model.score_to_host(&input(&packed));
+        let mut part = vec![PairScore::default(); rows.len()];
+        for (logp, side) in tokens.logps.iter().zip(&packed.sides) {
+            let pair = &mut part[side.pair as usize];
+            for (which, member) in [side.chosen, side.rejected].into_iter().enumerate() {
+                if member {
+                    pair.logps[which] += f64::from(*logp);
+                    pair.tokens[which] += 1;
+                }
+            }
+        }
+        scores.extend(part);
+        progress(rows.len());
+    }
+    scores
+}
+
+fn input(packed: &Packed) -> Batch {
+    let mut segments = Segments::default();
+    for row in &packed.rows {
+        segments.push_row(row.start, row.shared, &row.tails);
+    }
+    Batch {
+        tokens: packed.tokens.clone(),
+        positions: packed.positions.clone(),
+        segments: Arc::new(segments),
+        predictors: packed.predictors.clone(),
+        targets: Arc::new(packed.targets.clone()),
+    }
+}

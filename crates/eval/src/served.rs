@@ -1,0 +1,94 @@
+//! `eval sample --endpoint`: answers from an OpenAI-compatible server.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::args::SampleArgs;
+use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts};
+
+/// Answers prompts with a server; every reply is stored beside the output. `tell` gets `(answers, all)`.
+pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, usize)) -> Result<Outcome> {
+    let prompts = read_prompts(&args.prompts)?;
+    let settings = json!({
+        "endpoint": endpoint, "model": args.model, "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+    });
+    let mut answers = Answers::open(&args.out, &settings)?;
+    let mut name = args.out.as_os_str().to_owned();
+    name.push(".replies");
+    let (store, _torn) = ReplyStore::open(&PathBuf::from(name))?;
+    let client = Arc::new(Client::new(
+        Settings {
+            endpoint: endpoint.into(),
+            api_key: key(args.api_key_env.as_deref())?,
+            max_in_flight: args.max_in_flight.unwrap_or(32).max(1),
+            retries: 8,
+            timeout: Duration::from_secs(600),
+            backoff: Duration::from_millis(500),
+        },
+        store,
+    )?);
+    let mut tasks = JoinSet::new();
+    for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !answers.has(&prompt.id)) {
+        let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_string();
+        let messages = prompt.messages.iter();
+        let request = ChatRequest {
+            model: args.model.clone(),
+            messages: messages
+                .map(|m| ChatMessage { role: text(m.get("role")), content: text(m.get("content")) })
+                .collect(),
+            temperature: Some(f64::from(args.temperature)),
+            top_p: args.top_p.map(f64::from),
+            max_tokens: Some(u32::try_from(args.max_new_tokens).unwrap_or(u32::MAX)),
+            seed: args.seed,
+            sample: 0,
+        };
+        let client = client.clone();
+        tasks.spawn(async move { (index, client.complete(&request).await) });
+    }
+    let mut first_error = None;
+    while let Some(joined) = tasks.join_next().await {
+        let (index, result) = joined.context("a task panicked; this is a bug")?;
+        if INTERRUPTED.load(Ordering::Relaxed) {
+            client.close();
+        }
+        match result {
+            Ok(Some(stored)) => {
+                let (reply, tokens) = (&stored.reply, stored.reply.usage().completion_tokens);
+                answers.push(&prompts[index], reply.content(), reply.finish_reason(), tokens)?;
+                tell(answers.len(), prompts.len());
+            }
+            Ok(None) => {}
+            Err(error) => {
+                if error.is_setup() {
+                    client.close();
+                }
+                first_error.get_or_insert((prompts[index].id.clone(), error));
+            }
+        }
+    }
+    match first_error {
+        Some((id, error)) => Err(anyhow::Error::new(error).context(format!(
+            "prompt {id} has no answer ({} of {} are saved; run again to go on)",
+            answers.len(),
+            prompts.len()
+        ))),
+        None => finish(answers, &prompts),
+    }
+}
+
+fn key(variable: Option<&str>) -> Result<Option<secrecy::SecretString>> {
+    let name = variable.unwrap_or("OPENAI_API_KEY");
+    match (std::env::var(name), variable) {
+        (Ok(key), _) if !key.trim().is_empty() => Ok(Some(key.trim().to_string().into())),
+        (_, Some(name)) => bail!("the environment variable {name} (--api-key-env) is not set"),
+        (_, None) => Ok(None),
+    }
+}
