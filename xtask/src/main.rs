@@ -1,1 +1,70 @@
-fn main(){}
+//! Builds what a command needs and runs it: `cargo xtask <command> …`.
+//!
+//! Depends on no crate of the workspace, and has its own target directory (see .cargo/config.toml), so
+//! that it never waits for a build.
+
+mod bench;
+mod cargo;
+mod ci;
+mod demo;
+mod tidy;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+cargo xtask demo [--model DIR]        the whole loop on bundled data: revise, train, evaluate, report
+cargo xtask ci                        fmt, clippy, tests, docs, tidy and the demo: what CI runs
+
+cargo xtask sample --help             answers of a model to a file of prompts
+cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers
+cargo xtask train --help              align a model on the pairs
+cargo xtask eval pairs --help         held-out preference metrics
+Without flags, generate-clair, train and eval run on the bundled data, one after the other.
+
+cargo xtask new-model --help          an untrained model directory
+cargo xtask demo-model                makes datasets/demo/model again
+cargo xtask bench head                GFLOP/s of the parts of a training step
+cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let command = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    match run(&command, &rest) {
+        Ok(code) => code,
+        Err(error) => {
+            report(&format!("error: {error:#}"));
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: &str, rest: &[String]) -> Result<ExitCode> {
+    match command {
+        "demo" => demo::demo(rest),
+        "demo-model" => demo::make_model(rest),
+        "ci" => ci::run(rest),
+        "bench" => bench::run(rest),
+        "sample" => cargo::run("eval", "eval", &[&["sample".into()], rest].concat()),
+        "generate-clair" if rest.is_empty() => demo::generate(),
+        "generate-clair" => cargo::run("clair-gen", "clair-gen", rest),
+        "train" if demo::is_bare(rest) => demo::train(rest),
+        "train" => cargo::run("trainer", "trainer", rest),
+        "eval" if rest.is_empty() => demo::evaluate(),
+        "eval" => cargo::run("eval", "eval", rest),
+        "new-model" => cargo::run("trainer", "new-model", rest),
+        "" | "help" | "--help" | "-h" => {
+            report(HELP);
+            Ok(ExitCode::SUCCESS)
+        }
+        other => bail!("unknown command {other:?}\n\n{HELP}"),
+    }
+}
+
+/// A line for the user, on stderr.
+#[allow(clippy::print_stderr)]
+pub(crate) fn report(line: &str) {
+    eprintln!("{line}");
+}

@@ -36,7 +36,12 @@ fn close(got: Vec<f32>, want: &[f32]) {
 /// ```
 #[test]
 fn values_are_those_of_the_formulas_in_pytorch() {
-    let p = pairs(&[-10.0, -300.0, -55.5], &[-20.0, -310.0, -70.0], &[-12.0, -290.0, -55.5], &[-15.0, -330.0, -69.0]);
+    let p = pairs(
+        &[-10.0, -300.0, -55.5],
+        &[-20.0, -310.0, -70.0],
+        &[-12.0, -290.0, -55.5],
+        &[-15.0, -330.0, -69.0],
+    );
     close(host(apo_zero(&p, 0.1)), &[0.827_706_7, 1.611_855_7, 0.975_020_8]);
     close(host(apo_down(&p, 0.1)), &[0.881_646_3, 1.221_515_5, 0.975_020_8]);
     close(host(sigmoid(&p, 0.1)), &[0.403_186_0, 3.048_587_3, 0.644_396_7]);
@@ -64,7 +69,9 @@ fn extreme_log_probabilities_give_finite_losses_and_gradients() {
         let p = pairs(&[-3000.0, -2500.0], &[-2500.0, -3000.0], &[-2500.0, -3000.0], &[-3000.0, -2500.0]);
         let value = loss(&p, 0.5);
         let grads = value.clone().sum().backward();
-        for values in [host(value), host(p.chosen.grad(&grads).unwrap()), host(p.rejected.grad(&grads).unwrap())] {
+        for values in
+            [host(value), host(p.chosen.grad(&grads).unwrap()), host(p.rejected.grad(&grads).unwrap())]
+        {
             assert!(values.iter().all(|v| v.is_finite()), "{values:?}");
         }
     }

@@ -90,7 +90,15 @@ impl Client {
             .build()
             .map_err(|e| Error::Setup(e.to_string()))?;
         let permits = Semaphore::new(settings.max_in_flight.max(1));
-        Ok(Self { http, url, settings, store, permits, closed: AtomicBool::new(false), same: Mutex::default() })
+        Ok(Self {
+            http,
+            url,
+            settings,
+            store,
+            permits,
+            closed: AtomicBool::new(false),
+            same: Mutex::default(),
+        })
     }
 
     /// The stored replies.

@@ -77,7 +77,11 @@ impl Reply {
     pub fn parse(body: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(body).map_err(|e| format!("reply is not JSON: {e}"))?;
         let message = &value["choices"][0]["message"];
-        if message.is_object() { Ok(Self(value)) } else { Err("reply is no chat completion: no choices[0].message".into()) }
+        if message.is_object() {
+            Ok(Self(value))
+        } else {
+            Err("reply is no chat completion: no choices[0].message".into())
+        }
     }
 
     /// Text of the first choice; empty where the server sent none.

@@ -132,7 +132,8 @@ fn scan(file: &File) -> Result<(Index, u64), String> {
         if len == 0 || line.last() != Some(&b'\n') {
             break;
         }
-        let Key { key } = serde_json::from_slice(&line).map_err(|e| format!("line {number} is damaged: {e}"))?;
+        let Key { key } =
+            serde_json::from_slice(&line).map_err(|e| format!("line {number} is damaged: {e}"))?;
         index.insert(key, (offset, len));
         offset += len as u64;
     }
@@ -140,12 +141,7 @@ fn scan(file: &File) -> Result<(Index, u64), String> {
 }
 
 /// Writes what has come in the meantime in one go, syncs once, and tells everyone who waits.
-fn write_groups(
-    mut file: File,
-    mut offset: u64,
-    queue: &mpsc::Receiver<Job>,
-    index: &Mutex<Index>,
-) {
+fn write_groups(mut file: File, mut offset: u64, queue: &mpsc::Receiver<Job>, index: &Mutex<Index>) {
     while let Ok(first) = queue.recv() {
         let (mut bytes, mut places, mut acks) = (Vec::new(), Vec::new(), Vec::new());
         for Job::Append(reply, ack) in std::iter::once(first).chain(queue.try_iter()) {

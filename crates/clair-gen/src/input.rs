@@ -54,13 +54,18 @@ fn parse(row: &Value, number: usize) -> Result<Answer, String> {
         Value::String(text) => vec![ChatMessage { role: "user".into(), content: text.clone() }],
         Value::Array(_) => serde_json::from_value(prompt.clone())
             .map_err(|e| format!("column \"prompt\" is no list of messages with role and content: {e}"))?,
-        _ => return Err(format!("no column \"prompt\" with text or messages; found columns {:?}", columns())),
+        _ => {
+            return Err(format!("no column \"prompt\" with text or messages; found columns {:?}", columns()));
+        }
     };
     if messages.is_empty() {
         return Err("column \"prompt\" is an empty list".into());
     }
     let response = row["response"].as_str().ok_or_else(|| {
-        format!("no column \"response\" with the answer's text; found columns {:?} (make answers with `sample`)", columns())
+        format!(
+            "no column \"response\" with the answer's text; found columns {:?} (make answers with `sample`)",
+            columns()
+        )
     })?;
     let id = match &row["id"] {
         Value::Null => number.to_string(),

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use clair_gen::args::Args;
 use clair_gen::run::{Outcome, generate};
+use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -29,7 +29,12 @@ async fn main() -> ExitCode {
     match generate(&args, interrupted).await {
         Ok(Outcome::Done(report)) => {
             let replies = format!("{} new replies, {} stored before", report.from_server, report.from_store);
-            eprintln!("{} pairs, {} failed ({replies}) in {}", report.pairs, report.failed, args.out.display());
+            eprintln!(
+                "{} pairs, {} failed ({replies}) in {}",
+                report.pairs,
+                report.failed,
+                args.out.display()
+            );
             for (reason, count) in &report.reasons {
                 eprintln!("  {reason}: {count}");
             }
@@ -40,7 +45,9 @@ async fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Outcome::Interrupted { answered, total }) => {
-            eprintln!("interrupted: {answered} of {total} answered and stored; run the same command to go on");
+            eprintln!(
+                "interrupted: {answered} of {total} answered and stored; run the same command to go on"
+            );
             ExitCode::from(130)
         }
         Err(error) => {

@@ -69,9 +69,7 @@ pub fn write(dir: &Path, pairs: &[Pair], failed: &[Failed], about: &Value) -> Re
     write_parquet_pairs(&dir.join("pairs.parquet"), &rows)?;
     let failures: Vec<Value> = failed.iter().map(|f| json!(f)).collect();
     write_jsonl(&dir.join("failed.jsonl"), &failures)?;
-    let hash = |name: &str| -> Result<String> {
-        Ok(pref_data::hash_file(&dir.join(name))?)
-    };
+    let hash = |name: &str| -> Result<String> { Ok(pref_data::hash_file(&dir.join(name))?) };
     let manifest = json!({
         "pairs": rows.len(),
         "failed": failures.len(),

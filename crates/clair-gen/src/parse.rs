@@ -133,7 +133,10 @@ mod tests {
         let reason = |text: &str| parse_text(text).unwrap_err();
         assert_eq!(reason("Here is my opinion."), Reason::NoMarker);
         assert_eq!(reason("<revision>a</revision> or <revision>b</revision>"), Reason::RepeatedMarker);
-        assert_eq!(reason("{corrected_student_solution}: a {corrected_student_solution}: b"), Reason::RepeatedMarker);
+        assert_eq!(
+            reason("{corrected_student_solution}: a {corrected_student_solution}: b"),
+            Reason::RepeatedMarker
+        );
         assert_eq!(reason("<reasoning>x</reasoning><revision>half"), Reason::Unterminated);
         assert_eq!(reason("<revision>\n \n</revision>"), Reason::EmptyRevision);
         assert_eq!(reason("{corrected_student_solution}:   "), Reason::EmptyRevision);

@@ -18,7 +18,9 @@ impl Prompt {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_fuel(Some(1_000_000));
-        environment.add_template_owned("prompt", source.to_string()).context("the prompt template does not parse")?;
+        environment
+            .add_template_owned("prompt", source.to_string())
+            .context("the prompt template does not parse")?;
         Ok(Self(environment))
     }
 
@@ -47,7 +49,10 @@ mod tests {
     #[test]
     fn the_task_and_the_answer_stand_in_the_prompt_unescaped() {
         let text = Prompt::new(CLAIR).unwrap().render(&answer()).unwrap();
-        assert!(text.contains("<task>\n2+2 < 5?\n</task>") && text.contains("<answer>\n5 & 4\n</answer>"), "{text}");
+        assert!(
+            text.contains("<task>\n2+2 < 5?\n</task>") && text.contains("<answer>\n5 & 4\n</answer>"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -25,9 +25,11 @@ impl Replay {
     pub fn read(path: &Path) -> Result<Self> {
         let mut replay = Self::default();
         for (line, row) in read_jsonl(path)? {
-            let reply = Reply::parse(row["response"].to_string().as_bytes())
-                .map_err(|reason| anyhow::anyhow!("{}:{line}: column \"response\": {reason}", path.display()))?;
-            let text = |names: [&str; 2]| names.iter().find_map(|&name| row[name].as_str()).map(str::to_owned);
+            let reply = Reply::parse(row["response"].to_string().as_bytes()).map_err(|reason| {
+                anyhow::anyhow!("{}:{line}: column \"response\": {reason}", path.display())
+            })?;
+            let text =
+                |names: [&str; 2]| names.iter().find_map(|&name| row[name].as_str()).map(str::to_owned);
             let (task, answer) = (text(["task", "prompt"]), text(["student_solution", "answer"]));
             let id = match &row["id"] {
                 Value::String(id) => Some(id.clone()),

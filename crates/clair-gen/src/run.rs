@@ -50,7 +50,10 @@ struct Finished {
 }
 
 /// Makes the pairs. `interrupted` resolves when the user wants to stop.
-pub async fn generate(args: &Args, interrupted: impl Future<Output = ()> + Send + 'static) -> Result<Outcome> {
+pub async fn generate(
+    args: &Args,
+    interrupted: impl Future<Output = ()> + Send + 'static,
+) -> Result<Outcome> {
     let answers = input::read(&args.input)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let finished = match &args.replay {
@@ -175,11 +178,14 @@ impl Teacher {
         let endpoint = args.endpoint.clone().context("--endpoint is required")?;
         let model = args.model.clone().context("--model is required with --endpoint")?;
         let source = match &args.prompt_file {
-            Some(path) => fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?,
+            Some(path) => {
+                fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?
+            }
             None => CLAIR.to_string(),
         };
         let seconds = |value: Option<f64>, default: f64, name: &str| {
-            Duration::try_from_secs_f64(value.unwrap_or(default)).with_context(|| format!("--{name} is no duration"))
+            Duration::try_from_secs_f64(value.unwrap_or(default))
+                .with_context(|| format!("--{name} is no duration"))
         };
         let settings = Settings {
             endpoint,
@@ -191,7 +197,9 @@ impl Teacher {
         };
         let (store, torn) = ReplyStore::open(&args.out.join("replies"))?;
         if torn > 0 {
-            tracing::warn!("the last stored reply was cut off by a crash ({torn} bytes); it will be asked for again");
+            tracing::warn!(
+                "the last stored reply was cut off by a crash ({torn} bytes); it will be asked for again"
+            );
         }
         if args.resume == Resume::Never && !store.is_empty() {
             bail!(
@@ -258,7 +266,9 @@ impl Teacher {
 
 fn explain(error: Error) -> anyhow::Error {
     let hint = match &error {
-        Error::Refused { status: 401 | 403, .. } => "check the key in the environment variable (--api-key-env)",
+        Error::Refused { status: 401 | 403, .. } => {
+            "check the key in the environment variable (--api-key-env)"
+        }
         Error::Refused { status: 404, .. } => "check --endpoint (it should end in /v1) and --model",
         Error::GaveUp { .. } => "is the server running, and is --endpoint right?",
         _ => return error.into(),

@@ -54,12 +54,16 @@ impl Decoder {
             .map(|(name, shape)| {
                 let view = &found[&name];
                 if view.shape() != shape {
-                    let reason = format!("{name} has shape {:?}, the configuration says {shape:?}", view.shape());
+                    let reason =
+                        format!("{name} has shape {:?}, the configuration says {shape:?}", view.shape());
                     return Err(Error::Weights { path: dir.into(), reason });
                 }
                 let values = decode(view.dtype(), &view.data()).ok_or_else(|| Error::Weights {
                     path: dir.into(),
-                    reason: format!("{name} is stored as {:?}; F32, BF16 and F16 are supported", view.dtype()),
+                    reason: format!(
+                        "{name} is stored as {:?}; F32, BF16 and F16 are supported",
+                        view.dtype()
+                    ),
                 })?;
                 let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
                 let tensor = Tensor::from_data(TensorData::new(values, dims), device);
@@ -199,7 +203,10 @@ fn open_files(dir: &Path) -> Result<Vec<OpenFile>, Error> {
     names.sort_unstable();
     names.dedup();
     if let Some(bad) = names.iter().find(|name| name.contains(['/', '\\'])) {
-        return Err(Error::Config { path: index, reason: format!("{bad:?} is not a file of this directory") });
+        return Err(Error::Config {
+            path: index,
+            reason: format!("{bad:?} is not a file of this directory"),
+        });
     }
     names.into_iter().map(|name| OpenFile::open(dir.join(name))).collect()
 }
@@ -214,9 +221,8 @@ fn check_names<T>(
     let missing: Vec<&str> =
         wanted.iter().map(|(name, _)| name.as_str()).filter(|&name| !found.contains_key(name)).collect();
     let known: std::collections::HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-    let ignored = |name: &str| {
-        (config.tied && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq")
-    };
+    let ignored =
+        |name: &str| (config.tied && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq");
     let mut unexpected: Vec<&str> =
         found.keys().map(String::as_str).filter(|&name| !known.contains(name) && !ignored(name)).collect();
     unexpected.sort_unstable();
@@ -236,9 +242,8 @@ fn check_names<T>(
 }
 
 fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    let halves = |convert: fn([u8; 2]) -> f32| {
-        bytes.as_chunks::<2>().0.iter().map(|&pair| convert(pair)).collect()
-    };
+    let halves =
+        |convert: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|&pair| convert(pair)).collect();
     match dtype {
         Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
         Dtype::BF16 => Some(halves(|b| bf16::from_le_bytes(b).to_f32())),
@@ -310,6 +315,19 @@ fn write_file(path: &Path, entries: &[Entry]) -> Result<(), Error> {
     let data = entries.iter().map(|entry| (entry.weight.name.as_str(), *entry));
     safetensors::serialize_to_file(data, Some(metadata), &temporary)
         .map_err(|e| Error::io(&temporary)(std::io::Error::other(e.to_string())))?;
-    File::open(&temporary).and_then(|file| file.sync_all()).map_err(Error::io(&temporary))?;
+    let file = File::open(&temporary).map_err(Error::io(&temporary))?;
+    readable(&file).and_then(|()| file.sync_all()).map_err(Error::io(&temporary))?;
     fs::rename(&temporary, path).map_err(Error::io(path))
+}
+
+/// The safetensors crate makes private files; a model is not.
+#[cfg(unix)]
+fn readable(file: &File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn readable(_: &File) -> std::io::Result<()> {
+    Ok(())
 }

@@ -91,12 +91,13 @@ impl Config {
         for layer in 0..self.layers {
             let name = |part: &str| format!("{}{}.{layer}.{part}", n.root, n.layers);
             let mut push = |part: &str, shape: &[usize]| all.push((name(part), shape.to_vec()));
-            let linear = |push: &mut dyn FnMut(&str, &[usize]), part: &str, out: usize, inp: usize, bias: bool| {
-                push(&format!("{part}.weight"), &[out, inp]);
-                if bias {
-                    push(&format!("{part}.bias"), &[out]);
-                }
-            };
+            let linear =
+                |push: &mut dyn FnMut(&str, &[usize]), part: &str, out: usize, inp: usize, bias: bool| {
+                    push(&format!("{part}.weight"), &[out, inp]);
+                    if bias {
+                        push(&format!("{part}.bias"), &[out]);
+                    }
+                };
             let layer_norm = self.norm == Norm::Layer;
             let norm = |push: &mut dyn FnMut(&str, &[usize]), part: &str, dim: usize| {
                 push(&format!("{part}.weight"), &[dim]);

@@ -196,7 +196,14 @@ impl Generator {
         }
     }
 
-    fn logits(&self, ids: &[u32], positions: &[u32], rows: &[u32], plan: &Plan, cache: &mut Cache) -> Vec<f32> {
+    fn logits(
+        &self,
+        ids: &[u32],
+        positions: &[u32],
+        rows: &[u32],
+        plan: &Plan,
+        cache: &mut Cache,
+    ) -> Vec<f32> {
         let attend = |layer, q, k, v| cache.attend(&self.model, layer, [q, k, v], plan);
         let hidden = self.model.run(ids, positions, attend);
         to_vec(self.model.logits(hidden, rows))

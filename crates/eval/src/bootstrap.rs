@@ -43,7 +43,10 @@ mod tests {
         let estimate = mean(&values).unwrap();
         assert_eq!(estimate.mean, 0.5);
         // 1.96 · sqrt(0.25 / 400) = 0.049
-        assert!((estimate.high - 0.549).abs() < 0.006 && (estimate.low - 0.451).abs() < 0.006, "{estimate:?}");
+        assert!(
+            (estimate.high - 0.549).abs() < 0.006 && (estimate.low - 0.451).abs() < 0.006,
+            "{estimate:?}"
+        );
         assert_eq!(mean(&values), mean(&values));
         assert_eq!(mean(&[]), None);
     }

@@ -46,7 +46,9 @@ fn run(command: &Command) -> Result<ExitCode> {
                 Ok(ExitCode::SUCCESS)
             }
             Outcome::Interrupted { answers, total } => {
-                eprintln!("interrupted: {answers} of {total} answers are saved; run the same command to go on");
+                eprintln!(
+                    "interrupted: {answers} of {total} answers are saved; run the same command to go on"
+                );
                 Ok(ExitCode::from(130))
             }
         },

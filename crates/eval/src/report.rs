@@ -17,7 +17,11 @@ pub fn table(score: &Score) -> String {
     for metric in &score.metrics {
         let reference = metric.reference.map_or_else(|| "-".into(), number);
         let interval = format!("[{:.4}, {:.4}]", metric.model.low, metric.model.high);
-        lines.push(format!("{:26} {reference:>12} {:>12}   {interval}", metric.name, number(metric.model.mean)));
+        lines.push(format!(
+            "{:26} {reference:>12} {:>12}   {interval}",
+            metric.name,
+            number(metric.model.mean)
+        ));
     }
     lines.push(format!("{} pairs of {}", score.pairs, score.dataset.display()));
     lines.join("\n")
@@ -37,7 +41,9 @@ struct Bar {
 /// A self-contained page.
 pub fn html(score: &Score, rows: &[Value]) -> Result<String> {
     let mut environment = Environment::new();
-    environment.add_template("report.html", include_str!("templates/pairs.html.j2")).context("the template parses")?;
+    environment
+        .add_template("report.html", include_str!("templates/pairs.html.j2"))
+        .context("the template parses")?;
     let margins: Vec<f64> = rows.iter().filter_map(|row| row["rewards"]["margin"].as_f64()).collect();
     let values = context! {
         score => minijinja::Value::from(Serde(score)),

@@ -61,8 +61,8 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
                 list @ Value::Array(_) => list.clone(),
                 _ => bail!("{}: no column \"prompt\" with text or messages", place()),
             };
-            let messages: Vec<Message> =
-                serde_json::from_value(messages).with_context(|| format!("{}: column \"prompt\"", place()))?;
+            let messages: Vec<Message> = serde_json::from_value(messages)
+                .with_context(|| format!("{}: column \"prompt\"", place()))?;
             let id = match &row["id"] {
                 Value::Null => number.to_string(),
                 Value::String(id) => id.clone(),
@@ -160,7 +160,9 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     eos.extend(tokenizer.eos_id());
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let ids = tokenizer.encode_chat_prompt(&prompt.messages).with_context(|| format!("prompt {}", prompt.id))?;
+        let ids = tokenizer
+            .encode_chat_prompt(&prompt.messages)
+            .with_context(|| format!("prompt {}", prompt.id))?;
         check(&model, &ids, args.max_new_tokens, &prompt.id)?;
         let seed = args.seed.unwrap_or(0).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index as u64);
         requests.push(Request { index, prompt: ids, seed });

@@ -16,7 +16,12 @@ pub struct PairScore {
 }
 
 /// Scores rows, `batch` pairs at a time.
-pub fn score(model: &Decoder, rows: &[PreparedRow], batch: usize, mut progress: impl FnMut(usize)) -> Vec<PairScore> {
+pub fn score(
+    model: &Decoder,
+    rows: &[PreparedRow],
+    batch: usize,
+    mut progress: impl FnMut(usize),
+) -> Vec<PairScore> {
     let mut scores = Vec::with_capacity(rows.len());
     for rows in rows.chunks(batch.max(1)) {
         let packed = Packed::new(rows.iter().map(|row| &row.tokens));

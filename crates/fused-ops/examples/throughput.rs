@@ -44,7 +44,9 @@ fn main() {
     let hidden = random(n, h);
     let targets = Arc::new((0..n as u32).collect::<Vec<_>>());
     let flops = 2.0 * (n * h * v) as f64;
-    time("head forward, 1024 rows, vocabulary 49152", flops, || drop(head(hidden.clone(), w.clone(), &targets)));
+    time("head forward, 1024 rows, vocabulary 49152", flops, || {
+        drop(head(hidden.clone(), w.clone(), &targets))
+    });
     time("head forward + backward", 4.0 * flops, || {
         let (hidden, w) = (tracked(&hidden), tracked(&w));
         drop(head(hidden, w, &targets).logps.sum().backward());
@@ -63,6 +65,10 @@ fn main() {
         drop(run(tracked(&q), tracked(&k), tracked(&value)).sum().backward());
     });
     let norm = random(1, h);
-    time("rms_norm forward + backward", 0.0, || drop(rms_norm(tracked(&x), tracked(&norm), 1e-5).sum().backward()));
-    time("swiglu forward + backward", 0.0, || drop(swiglu(tracked(&inner), tracked(&inner)).sum().backward()));
+    time("rms_norm forward + backward", 0.0, || {
+        drop(rms_norm(tracked(&x), tracked(&norm), 1e-5).sum().backward())
+    });
+    time("swiglu forward + backward", 0.0, || {
+        drop(swiglu(tracked(&inner), tracked(&inner)).sum().backward())
+    });
 }

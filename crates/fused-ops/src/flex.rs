@@ -10,7 +10,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{TensorMetadata, Autodiff, AutodiffBackend, Backend, Dispatch, Flex, backend_extension};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 
 use crate::kernels::attention::Operands;
@@ -26,22 +26,73 @@ type Two<B> = (FloatTensor<B>, FloatTensor<B>);
 #[backend_extension(Flex, Autodiff)]
 pub(crate) trait FusedOps: Backend {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn linear_backward(grad: FloatTensor<Self>, x: FloatTensor<Self>, w: FloatTensor<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn linear_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
-    fn rms_norm_backward(grad: FloatTensor<Self>, x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> (FloatTensor<Self>, FloatTensor<Self>);
-    fn fused_layer_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, b: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
-    fn layer_norm_backward(grad: FloatTensor<Self>, x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn rms_norm_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_layer_norm(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self>;
+    fn layer_norm_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn fused_rotary(x: FloatTensor<Self>, table: Rotary, sign: f32) -> FloatTensor<Self>;
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn swiglu_backward(grad: FloatTensor<Self>, gate: FloatTensor<Self>, up: FloatTensor<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn swiglu_backward(
+        grad: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
     /// Returns the output and the log-sum-exp of every query and head.
-    fn fused_attention(q: FloatTensor<Self>, k: FloatTensor<Self>, v: FloatTensor<Self>, segments: Arc<Segments>, heads: Heads, scale: f32) -> (FloatTensor<Self>, FloatTensor<Self>);
-    fn attention_backward(grad: FloatTensor<Self>, q: FloatTensor<Self>, k: FloatTensor<Self>, v: FloatTensor<Self>, out: FloatTensor<Self>, lse: FloatTensor<Self>, segments: Arc<Segments>, heads: Heads, scale: f32) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn attention_backward(
+        grad: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn fused_sums(values: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FloatTensor<Self>;
-    fn sums_backward(grad: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, values: usize) -> FloatTensor<Self>;
+    fn sums_backward(grad: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, values: usize)
+    -> FloatTensor<Self>;
     /// Returns the log-probabilities, the statistics and the log-sum-exp.
-    fn fused_head(hidden: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    fn head_backward(grad: FloatTensor<Self>, hidden: FloatTensor<Self>, w: FloatTensor<Self>, lse: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn fused_head(
+        hidden: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    fn head_backward(
+        grad: FloatTensor<Self>,
+        hidden: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 }
 
 fn flat(t: &FlexTensor) -> FlexTensor {
@@ -232,18 +283,31 @@ node!(SwiGlu<B>, 2, (FloatTensor<B>, FloatTensor<B>), |g, (a, b)| B::swiglu_back
 node!(
     Attention<B>,
     3,
-    (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Segments>, Heads, f32),
+    (
+        FloatTensor<B>,
+        FloatTensor<B>,
+        FloatTensor<B>,
+        FloatTensor<B>,
+        FloatTensor<B>,
+        Arc<Segments>,
+        Heads,
+        f32
+    ),
     |g, (q, k, v, out, lse, segments, heads, scale)| {
         B::attention_backward(g, q, k, v, out, lse, segments, heads, scale).into()
     }
 );
 node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
-node!(
-    Head<B>,
-    2,
-    (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Vec<u32>>),
-    |g, (hidden, w, lse, targets)| B::head_backward(g, hidden, w, lse, targets).into()
-);
+node!(Head<B>, 2, (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Vec<u32>>), |g,
+                                                                                    (
+    hidden,
+    w,
+    lse,
+    targets,
+)| B::head_backward(
+    g, hidden, w, lse, targets
+)
+.into());
 
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -11,9 +11,9 @@
 //! `unsafe` is allowed in this crate alone: the matrix products write disjoint blocks of one buffer
 //! from several threads.
 
-mod kernels;
 #[cfg(feature = "flex")]
 mod flex;
+mod kernels;
 mod optim;
 mod segments;
 

@@ -30,7 +30,13 @@ impl Segments {
     pub fn push_row(&mut self, start: usize, shared: usize, tails: &[usize]) {
         let first = self.segments.len();
         if shared > 0 {
-            self.segments.push(Segment { query: start, len: shared, prefix: start, prefix_len: 0, own: start });
+            self.segments.push(Segment {
+                query: start,
+                len: shared,
+                prefix: start,
+                prefix_len: 0,
+                own: start,
+            });
         }
         let mut at = start + shared;
         for &len in tails.iter().filter(|&&len| len > 0) {
@@ -59,7 +65,8 @@ impl Segments {
     /// One past the last query and the last key that any segment names.
     pub fn extent(&self) -> (usize, usize) {
         let queries = self.segments.iter().map(|s| s.query + s.len).max().unwrap_or(0);
-        let keys = self.segments.iter().map(|s| (s.own + s.len).max(s.prefix + s.prefix_len)).max().unwrap_or(0);
+        let keys =
+            self.segments.iter().map(|s| (s.own + s.len).max(s.prefix + s.prefix_len)).max().unwrap_or(0);
         (queries, keys)
     }
 }

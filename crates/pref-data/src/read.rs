@@ -17,12 +17,16 @@ pub fn split_files(path: &Path) -> Result<(PathBuf, Option<PathBuf>), Error> {
         return Ok((path.into(), None));
     }
     if !path.is_dir() {
-        return Err(dataset("no such file or directory; expected a .jsonl or .json file, or a directory with train.jsonl"));
+        return Err(dataset(
+            "no such file or directory; expected a .jsonl or .json file, or a directory with train.jsonl",
+        ));
     }
-    let find = |split: &str| EXTENSIONS.iter().map(|e| path.join(format!("{split}.{e}"))).find(|p| p.is_file());
+    let find =
+        |split: &str| EXTENSIONS.iter().map(|e| path.join(format!("{split}.{e}"))).find(|p| p.is_file());
     // A directory that generate-clair wrote holds its rows in pairs.jsonl.
     let train = find("train").or_else(|| find("pairs"));
-    let train = train.ok_or_else(|| dataset("no train.jsonl, train.json or pairs.jsonl in this directory"))?;
+    let train =
+        train.ok_or_else(|| dataset("no train.jsonl, train.json or pairs.jsonl in this directory"))?;
     Ok((train, find("test").or_else(|| find("validation"))))
 }
 
@@ -35,8 +39,11 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>, Error> {
     rows.iter()
         .enumerate()
         .map(|(number, (line, row))| {
-            Record::parse(row, number)
-                .map_err(|reason| Error::Record { path: path.into(), line: *line, reason })
+            Record::parse(row, number).map_err(|reason| Error::Record {
+                path: path.into(),
+                line: *line,
+                reason,
+            })
         })
         .collect()
 }

@@ -36,7 +36,9 @@ impl Text {
                 .iter()
                 .map(|item| match item.as_object() {
                     Some(message) if message.get("role").is_some_and(Value::is_string) => Ok(message.clone()),
-                    _ => Err(format!("column {column:?}: a message must be an object with a role, found {item}")),
+                    _ => Err(format!(
+                        "column {column:?}: a message must be an object with a role, found {item}"
+                    )),
                 })
                 .collect::<Result<_, _>>()
                 .map(Self::Chat),

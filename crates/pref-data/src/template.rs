@@ -75,11 +75,19 @@ fn to_json(_: &State, value: Serde<Value>, kwargs: Kwargs) -> Result<String, min
 struct Python;
 
 impl serde_json::ser::Formatter for Python {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { w.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        w: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { w.write_all(b", ") }
     }
 
@@ -100,7 +108,8 @@ mod tests {
     #[test]
     fn simple_renders_roles_and_generation_prompt() {
         let template = ChatTemplate::new(SIMPLE, Map::new()).unwrap();
-        let chat = messages(json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]));
+        let chat =
+            messages(json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]));
         assert_eq!(template.render(&chat, true).unwrap(), "User: Hi\n\nAssistant: Yo\n\nAssistant:");
     }
 

@@ -174,7 +174,11 @@ pub struct Prepared {
 
 /// Tokenizes pairs on all cores, drops those whose prompt reaches `max_length`, and cuts the others at
 /// the end (TRL's `keep_start`).
-pub fn prepare(tokenizer: &Tokenizer, records: &[Record], max_length: Option<usize>) -> Result<Prepared, Error> {
+pub fn prepare(
+    tokenizer: &Tokenizer,
+    records: &[Record],
+    max_length: Option<usize>,
+) -> Result<Prepared, Error> {
     let all: Vec<PairTokens> =
         records.par_iter().map(|record| tokenizer.pair(record)).collect::<Result<_, _>>()?;
     let mut prepared = Prepared::default();

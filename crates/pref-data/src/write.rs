@@ -12,7 +12,10 @@ use serde_json::Value;
 use crate::Error;
 
 /// Writes a file so that it is there whole or not at all: a temporary file beside it, fsync, rename.
-pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<(), Error> {
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<(), Error> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = || Error::io(path);
     let temporary = tempfile::NamedTempFile::new_in(dir).map_err(failed())?;
@@ -81,7 +84,8 @@ impl JsonlAppender {
 /// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`.
 pub fn write_parquet_pairs(path: &Path, rows: &[Value]) -> Result<(), Error> {
     let schema = Arc::new(pair_schema());
-    let broken = |e: String| Error::Dataset { path: path.into(), reason: format!("writing Parquet failed: {e}") };
+    let broken =
+        |e: String| Error::Dataset { path: path.into(), reason: format!("writing Parquet failed: {e}") };
     let mut decoder = arrow_json::ReaderBuilder::new(schema.clone())
         .with_batch_size(rows.len().max(1))
         .build_decoder()
@@ -106,8 +110,7 @@ fn pair_schema() -> Schema {
         Field::new(name, DataType::List(Arc::new(Field::new("item", message.clone(), true))), true)
     };
     let count = |name: &str| Field::new(name, DataType::Int64, true);
-    let usage =
-        Fields::from(vec![count("prompt_tokens"), count("completion_tokens"), count("total_tokens")]);
+    let usage = Fields::from(vec![count("prompt_tokens"), count("completion_tokens"), count("total_tokens")]);
     Schema::new(vec![
         text("id"),
         text("prompt"),

@@ -28,7 +28,12 @@ fn check(model: &str, dataset: &str, split: &str, expected: &str) {
         let tokens = tokenizer.pair(record).unwrap();
         assert_eq!(tokens.prompt, ids(&row["prompt_ids"]), "{model} {dataset}: prompt of {}", record.id);
         assert_eq!(tokens.chosen, ids(&row["chosen_ids"]), "{model} {dataset}: chosen of {}", record.id);
-        assert_eq!(tokens.rejected, ids(&row["rejected_ids"]), "{model} {dataset}: rejected of {}", record.id);
+        assert_eq!(
+            tokens.rejected,
+            ids(&row["rejected_ids"]),
+            "{model} {dataset}: rejected of {}",
+            record.id
+        );
     }
 }
 

@@ -114,9 +114,11 @@ pub fn newest(root: &Path) -> Result<Option<PathBuf>> {
 /// Reads the position of a checkpoint and checks that it belongs to this run.
 pub fn read_state(dir: &Path, fingerprint: &HashMap<String, String>) -> Result<State> {
     let path = dir.join(STATE);
-    let text = fs::read_to_string(&path)
-        .with_context(|| format!("{}: cannot read; is this a checkpoint made without --save-only-model?", path.display()))?;
-    let state: State = serde_json::from_str(&text).with_context(|| format!("{}: malformed", path.display()))?;
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("{}: cannot read; is this a checkpoint made without --save-only-model?", path.display())
+    })?;
+    let state: State =
+        serde_json::from_str(&text).with_context(|| format!("{}: malformed", path.display()))?;
     let mut names: Vec<&String> = fingerprint.keys().collect();
     names.sort();
     for name in names {
@@ -141,7 +143,8 @@ pub fn read_optimizer(dir: &Path, model: &Decoder, device: &Device) -> Result<Op
     for (index, weight) in model.weights().iter().enumerate() {
         let read = |moment: &str| -> Option<Tensor<2>> {
             let view = tensors.tensor(&format!("{moment}.{}", weight.name)).ok()?;
-            let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            let values: Vec<f32> =
+                view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
             let dims = weight.tensor.dims();
             (values.len() == dims[0] * dims[1])
                 .then(|| Tensor::from_data(TensorData::new(values, dims), device))
@@ -168,5 +171,6 @@ fn write_optimizer(path: &Path, model: &Decoder, optimizer: &Optimizer) -> Resul
         .iter()
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    safetensors::serialize_to_file(views, None, path).with_context(|| format!("{}: cannot write", path.display()))
+    safetensors::serialize_to_file(views, None, path)
+        .with_context(|| format!("{}: cannot write", path.display()))
 }

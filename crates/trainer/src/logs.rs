@@ -50,7 +50,8 @@ pub fn clear(dir: &Path) -> Result<()> {
     let context = || format!("{}: cannot clear the earlier run", dir.display());
     for entry in fs::read_dir(dir).with_context(context)? {
         let path = entry.with_context(context)?.path();
-        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.with_context(context)?;
+        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
+            .with_context(context)?;
     }
     Ok(())
 }
@@ -90,8 +91,12 @@ impl Progress {
             Some(bar) => bar.set_message(text.to_string()),
             None => {
                 let elapsed = self.started.elapsed().as_secs_f64();
-                let left = elapsed / self.done.max(1) as f64 * (self.total - self.done.min(self.total)) as f64;
-                eprintln!("{} {}/{} | {text} | {elapsed:.0} s, {left:.0} s left", self.what, self.done, self.total);
+                let left =
+                    elapsed / self.done.max(1) as f64 * (self.total - self.done.min(self.total)) as f64;
+                eprintln!(
+                    "{} {}/{} | {text} | {elapsed:.0} s, {left:.0} s left",
+                    self.what, self.done, self.total
+                );
             }
         }
     }

@@ -41,9 +41,8 @@ impl BatchMetrics {
         let pairs = values.chosen.len() as f64;
         let mean = |f: &dyn Fn(usize) -> f64| (0..values.chosen.len()).map(f).sum::<f64>() / pairs;
         // In f32, as TRL compares them: equal log-probabilities must give equal rewards.
-        let reward = |policy: &[f32], i: usize, which: usize| {
-            beta as f32 * (policy[i] - values.reference[i][which])
-        };
+        let reward =
+            |policy: &[f32], i: usize, which: usize| beta as f32 * (policy[i] - values.reference[i][which]);
         let chosen = |i: usize| reward(&values.chosen, i, 0);
         let rejected = |i: usize| reward(&values.rejected, i, 1);
         let token = TokenMeans::new(tokens, sides);

@@ -15,7 +15,10 @@ pub struct Optimizer {
 impl Optimizer {
     /// No gradients, no moments.
     pub fn new(weights: usize) -> Self {
-        Self { gradients: (0..weights).map(|_| None).collect(), moments: (0..weights).map(|_| None).collect() }
+        Self {
+            gradients: (0..weights).map(|_| None).collect(),
+            moments: (0..weights).map(|_| None).collect(),
+        }
     }
 
     /// Adds a micro-batch's gradients.

@@ -41,7 +41,12 @@ impl MemoryPlan {
         };
         let per_token = config.layers * (5 * hidden + 2 * attention + inner) + 4 * hidden;
         let head = (64 << 20) + 4 * 2 * config.vocab * hidden;
-        Self { weights, gradients: weights, optimizer: 2 * weights, activations: 4 * tokens * per_token + head }
+        Self {
+            weights,
+            gradients: weights,
+            optimizer: 2 * weights,
+            activations: 4 * tokens * per_token + head,
+        }
     }
 
     /// Everything together.
@@ -82,7 +87,12 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
     let mut lines = vec![
         format!(
             "data: {} pairs kept, {} dropped (prompt reaches --max-length {}), {} truncated; longest sequence {} tokens (id {})",
-            data.rows, data.dropped, settings.max_length, data.truncated, data.longest_tokens, data.longest_id
+            data.rows,
+            data.dropped,
+            settings.max_length,
+            data.truncated,
+            data.longest_tokens,
+            data.longest_id
         ),
         format!(
             "tokens: {} in both sequences of each pair, {} after sharing common starts ({:.0} %), no padding",

@@ -18,7 +18,8 @@ pub fn model_hash(dir: &Path) -> Result<String> {
         .with_context(|| format!("{}: cannot list", dir.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| {
-            path.extension().is_some_and(|e| e == "safetensors") || path.file_name().is_some_and(|n| n == "config.json")
+            path.extension().is_some_and(|e| e == "safetensors")
+                || path.file_name().is_some_and(|n| n == "config.json")
         })
         .collect();
     files.sort();

@@ -82,12 +82,18 @@ impl Settings {
             if value == 0 { Err(format!("--{name} must be at least 1")) } else { Ok(value) }
         };
         let at_least_zero = |name: &str, value: f64| {
-            if value.is_finite() && value >= 0.0 { Ok(value) } else { Err(format!("--{name} must be 0 or more, not {value}")) }
+            if value.is_finite() && value >= 0.0 {
+                Ok(value)
+            } else {
+                Err(format!("--{name} must be 0 or more, not {value}"))
+            }
         };
         let logging_steps = positive("logging-steps", args.logging_steps)?;
         let evaluate = match args.eval_strategy {
             Strategy::No => Every::Never,
-            Strategy::Steps => Every::Steps(positive("eval-steps", args.eval_steps.unwrap_or(logging_steps))?),
+            Strategy::Steps => {
+                Every::Steps(positive("eval-steps", args.eval_steps.unwrap_or(logging_steps))?)
+            }
             Strategy::Epoch => Every::Epoch,
         };
         let save = match args.save_strategy {
@@ -147,12 +153,18 @@ impl Settings {
 /// Flags that would do nothing in this run are errors.
 fn refuse_what_has_no_effect(args: &Args) -> Result<(), String> {
     let rules = [
-        (args.bf16 == Some(true), "--bf16 True: mixed precision is not available with this backend; leave it out or give False"),
+        (
+            args.bf16 == Some(true),
+            "--bf16 True: mixed precision is not available with this backend; leave it out or give False",
+        ),
         (
             args.gradient_checkpointing == Some(true),
             "--gradient-checkpointing True is not available yet; leave it out or give False",
         ),
-        (!args.precompute_ref_log_probs, "--precompute-ref-log-probs False: reference log-probabilities are always precomputed; leave it out"),
+        (
+            !args.precompute_ref_log_probs,
+            "--precompute-ref-log-probs False: reference log-probabilities are always precomputed; leave it out",
+        ),
         (
             args.eval_strategy != Strategy::Steps && args.eval_steps.is_some(),
             "--eval-steps has no effect without --eval-strategy steps",
@@ -182,7 +194,11 @@ fn refuse_what_has_no_effect(args: &Args) -> Result<(), String> {
 }
 
 fn fraction(name: &str, value: f64) -> Result<f64, String> {
-    if (0.0..1.0).contains(&value) { Ok(value) } else { Err(format!("--{name} must be in [0, 1), not {value}")) }
+    if (0.0..1.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("--{name} must be in [0, 1), not {value}"))
+    }
 }
 
 fn read_template(given: &str) -> Result<String, String> {

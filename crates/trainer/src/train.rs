@@ -313,8 +313,7 @@ impl Training<'_> {
     }
 
     fn diverged(&self, what: &str, value: f64, micros: &[Vec<usize>]) -> String {
-        let ids: Vec<&str> =
-            micros.iter().flatten().map(|&i| self.data.train.rows[i].id.as_str()).collect();
+        let ids: Vec<&str> = micros.iter().flatten().map(|&i| self.data.train.rows[i].id.as_str()).collect();
         format!(
             "the {what} became {value} at step {} on the rows with ids {ids:?}; lower --learning-rate, or look at these \
              rows with --inspect; the last checkpoint is untouched",
@@ -374,7 +373,8 @@ fn open_output(settings: &Settings) -> Result<Option<PathBuf>> {
         Resume::Auto => checkpoint::newest(dir)?,
         Resume::From(path) => Some(path.clone()),
     };
-    fs::create_dir_all(dir).with_context(|| format!("{}: cannot create the output directory", dir.display()))?;
+    fs::create_dir_all(dir)
+        .with_context(|| format!("{}: cannot create the output directory", dir.display()))?;
     let used = dir.join("train_log.jsonl").exists() || dir.join("config.json").exists();
     if used && settings.resume == Resume::No {
         if same(dir, &settings.model) {
@@ -390,7 +390,8 @@ fn open_output(settings: &Settings) -> Result<Option<PathBuf>> {
         logs::clear(dir)?;
     }
     let probe = dir.join(".writable.tmp");
-    fs::write(&probe, b"").with_context(|| format!("{}: cannot write into the output directory", dir.display()))?;
+    fs::write(&probe, b"")
+        .with_context(|| format!("{}: cannot write into the output directory", dir.display()))?;
     fs::remove_file(&probe).ok();
     Ok(resume)
 }

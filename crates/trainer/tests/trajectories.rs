@@ -96,7 +96,11 @@ fn final_weights(dir: &TempDir, name: &str) {
     for (tensor, want) in theirs.tensors() {
         let got = ours.tensor(&tensor).unwrap();
         assert_eq!(got.shape(), want.shape());
-        let worst = floats(got.data()).iter().zip(floats(want.data())).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let worst = floats(got.data())
+            .iter()
+            .zip(floats(want.data()))
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
         assert!(worst < 1e-4, "{name}: {tensor} differs by {worst:e}");
     }
     assert_eq!(ours.len(), theirs.len());

@@ -31,14 +31,20 @@ impl<'a> Keys<'a> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    fn typed<T>(&self, key: &str, what: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, Error> {
+    fn typed<T>(
+        &self,
+        key: &str,
+        what: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
         self.get(key)
             .map(|value| read(value).ok_or_else(|| self.error(format!("{key} is {value}, expected {what}"))))
             .transpose()
     }
 
     pub fn text(&self, key: &str) -> Result<&'a str, Error> {
-        self.typed(key, "a string", Value::as_str)?.ok_or_else(|| self.error(format!("the key {key} is missing")))
+        self.typed(key, "a string", Value::as_str)?
+            .ok_or_else(|| self.error(format!("the key {key} is missing")))
     }
 
     pub fn size(&self, key: &str) -> Result<usize, Error> {
@@ -73,7 +79,8 @@ impl<'a> Keys<'a> {
     /// Base of the rotary angles; errors for any kind of scaling.
     pub fn rope_theta(&self) -> Result<f32, Error> {
         let parameters = self.get("rope_parameters").and_then(Value::as_object);
-        for scaling in [parameters, self.get("rope_scaling").and_then(Value::as_object)].into_iter().flatten() {
+        for scaling in [parameters, self.get("rope_scaling").and_then(Value::as_object)].into_iter().flatten()
+        {
             let kind = scaling.get("rope_type").or(scaling.get("type")).and_then(Value::as_str);
             if kind.is_some_and(|kind| kind != "default") {
                 let kind = kind.unwrap_or_default();
@@ -108,7 +115,9 @@ impl<'a> Keys<'a> {
         let kv = self.size_or("num_key_value_heads", Some(query))?;
         let dim = self.size_or("head_dim", Some(hidden / query))?;
         if !query.is_multiple_of(kv) || !dim.is_multiple_of(2) {
-            return Err(self.error(format!("{query} heads of {dim} features over {kv} key heads do not divide")));
+            return Err(
+                self.error(format!("{query} heads of {dim} features over {kv} key heads do not divide"))
+            );
         }
         Ok(Config {
             model_type: self.text("model_type")?.into(),

@@ -81,7 +81,16 @@ fn blocks(segment: &Segment) -> impl Iterator<Item = Block> {
 }
 
 /// `scores[len, keys] = scale · q · kᵀ` of a block, for any two query- and key-shaped activations.
-fn products(x: &Operands, left: &[f32], right: &[f32], scale: f32, s: &Segment, b: Block, head: usize, out: &mut [f32]) {
+fn products(
+    x: &Operands,
+    left: &[f32],
+    right: &[f32],
+    scale: f32,
+    s: &Segment,
+    b: Block,
+    head: usize,
+    out: &mut [f32],
+) {
     let (keys, dim) = (b.keys(), x.heads.dim);
     let q = x.of_query(left, s.query + b.first, head);
     if b.prefix > 0 {

@@ -1,0 +1,183 @@
+//! Measurements that anyone can repeat.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::cargo::{build, cargo};
+use crate::report;
+
+/// `bench head|train`.
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    match args.split_first() {
+        Some((what, [])) if what == "head" => {
+            let example =
+                ["run", "--release", "--quiet", "--package", "fused-ops", "--example", "throughput"];
+            let status = cargo(&example).status().context("cannot run cargo")?;
+            Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Some((what, rest)) if what == "train" => train(&Options::parse(rest)?),
+        _ => bail!(
+            "usage: cargo xtask bench head | bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]"
+        ),
+    }
+}
+
+struct Options {
+    model: PathBuf,
+    dataset: PathBuf,
+    steps: usize,
+    pairs: usize,
+    runs: usize,
+    trl: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let (mut model, mut dataset, mut trl) = (None, None, None);
+        let (mut steps, mut pairs, mut runs) = (6, 2, 3);
+        let (chunks, rest) = args.as_chunks::<2>();
+        if let [odd] = rest {
+            bail!("{odd} needs a value");
+        }
+        for [flag, value] in chunks {
+            let count =
+                || value.parse::<usize>().with_context(|| format!("{flag} {value}: expected a count"));
+            match flag.as_str() {
+                "--model" => model = Some(PathBuf::from(value)),
+                "--dataset" => dataset = Some(PathBuf::from(value)),
+                "--against-trl" => trl = Some(PathBuf::from(value)),
+                "--steps" => steps = count()?,
+                "--pairs" => pairs = count()?,
+                "--runs" => runs = count()?,
+                other => bail!("unknown flag {other}"),
+            }
+        }
+        let model = model.context("--model is required")?;
+        Ok(Self {
+            model,
+            dataset: dataset.context("--dataset is required")?,
+            steps,
+            pairs,
+            runs: runs.max(1),
+            trl,
+        })
+    }
+}
+
+/// Seconds a step, and peak memory in GB.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    seconds: f64,
+    memory: f64,
+}
+
+fn train(options: &Options) -> Result<ExitCode> {
+    let binary = build("trainer", "trainer")?;
+    let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for i in 0..options.runs {
+        let measured = run_ours(&binary, options, &out)?;
+        report(&format!("run {}: ours {:.2} s a step, {:.2} GB", i + 1, measured.seconds, measured.memory));
+        ours.push(measured);
+        if let Some(venv) = &options.trl {
+            let measured = run_trl(venv, options, &out)?;
+            report(&format!(
+                "run {}: TRL {:.2} s a step, {:.2} GB",
+                i + 1,
+                measured.seconds,
+                measured.memory
+            ));
+            theirs.push(measured);
+        }
+    }
+    fs::remove_dir_all(&out).ok();
+    summary("ours, f32", &ours);
+    if !theirs.is_empty() {
+        summary("TRL, f32", &theirs);
+        let ratio = |f: fn(&Measured) -> f64| median(&theirs, f) / median(&ours, f);
+        report(&format!("{:.2}x faster, {:.2}x less memory", ratio(|m| m.seconds), ratio(|m| m.memory)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn median(all: &[Measured], f: fn(&Measured) -> f64) -> f64 {
+    let mut values: Vec<f64> = all.iter().map(f).collect();
+    values.sort_unstable_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn summary(name: &str, all: &[Measured]) {
+    let (seconds, memory) = (median(all, |m| m.seconds), median(all, |m| m.memory));
+    report(&format!("{name}: median {seconds:.2} s a step, peak {memory:.2} GB ({} runs)", all.len()));
+}
+
+/// The reference pass is part of the time, as it is of the peer's.
+fn run_ours(binary: &Path, options: &Options, out: &Path) -> Result<Measured> {
+    let dir = out.join("ours");
+    let mut command = Command::new(binary);
+    shared_flags(&mut command, options);
+    command
+        .args(["--ref-cache-dir"])
+        .arg(out.join("cache"))
+        .args(["--overwrite-output-dir", "--output-dir"])
+        .arg(&dir);
+    fs::remove_dir_all(out.join("cache")).ok();
+    let output = command.output().context("cannot run the trainer")?;
+    if !output.status.success() {
+        bail!("the trainer failed: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let info: Value = serde_json::from_str(&fs::read_to_string(dir.join("run.json"))?)?;
+    let number = |key: &str| info[key].as_f64().with_context(|| format!("run.json has no {key}"));
+    let rows = number("total_steps")? * options.pairs as f64;
+    let all = info["data"]["rows"].as_f64().context("run.json has no data.rows")?;
+    // The reference pass covers the whole data set, the steps perhaps a part of it.
+    let reference = number("reference_seconds")? * (rows / all).min(1.0);
+    let seconds = (number("train_seconds")? + reference) / options.steps as f64;
+    Ok(Measured { seconds, memory: number("peak_memory_bytes")? / 1e9 })
+}
+
+fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
+    let mut command = Command::new("/usr/bin/time");
+    command.args(["-f", "PEAK_KB %M"]).arg(venv.join("bin/trl")).arg("dpo");
+    shared_flags(&mut command, options);
+    command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
+    let path = env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
+    let tcmalloc = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4";
+    if Path::new(tcmalloc).exists() {
+        command.env("LD_PRELOAD", tcmalloc);
+    }
+    let output = command.output().context("cannot run /usr/bin/time (Debian: apt-get install time)")?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    if !output.status.success() {
+        bail!("TRL failed: {}", text.lines().rev().take(5).collect::<Vec<_>>().join("\n"));
+    }
+    let after = |marker: &str| -> Option<f64> {
+        let rest = text.split(marker).nth(1)?;
+        let number: String = rest
+            .trim_start_matches([' ', '\'', ':'])
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == '.')
+            .collect();
+        number.parse().ok()
+    };
+    let seconds = after("train_runtime").context("TRL printed no train_runtime")? / options.steps as f64;
+    let memory = after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9;
+    Ok(Measured { seconds, memory })
+}
+
+fn shared_flags(command: &mut Command, options: &Options) {
+    command.arg("--model_name_or_path").arg(&options.model).arg("--dataset_name").arg(&options.dataset);
+    let (steps, pairs) = (options.steps.to_string(), options.pairs.to_string());
+    command.args(["--per_device_train_batch_size", &pairs, "--max_steps", &steps]);
+    let line = "--loss_type apo_zero --beta 0.1 --bf16 False --dtype float32 --gradient_checkpointing False \
+                --max_length 2048 --learning_rate 1e-5 --lr_scheduler_type linear --logging_steps 1 \
+                --train_sampling_strategy sequential --disable_tqdm True --save_strategy no";
+    command.args(line.split_whitespace());
+}

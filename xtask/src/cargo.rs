@@ -1,0 +1,47 @@
+//! Spawning cargo and the binaries it built.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+
+/// The workspace.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+/// A cargo command in the user's directory, on the workspace's manifest.
+pub fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).arg("--manifest-path").arg(root().join("Cargo.toml"));
+    command
+}
+
+/// Builds a package in release mode and returns its binary.
+pub fn build(package: &str, binary: &str) -> Result<PathBuf> {
+    let status = cargo(&["build", "--release", "--quiet", "--package", package])
+        .status()
+        .context("cannot run cargo")?;
+    if !status.success() {
+        bail!("building {package} failed");
+    }
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    Ok(target.join("release").join(format!("{binary}{}", env::consts::EXE_SUFFIX)))
+}
+
+/// Builds and runs a binary; its exit code is ours.
+pub fn run(package: &str, binary: &str, args: &[String]) -> Result<ExitCode> {
+    let path = build(package, binary)?;
+    let status =
+        Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Builds and runs a binary that must succeed.
+pub fn must(package: &str, binary: &str, args: &[String]) -> Result<()> {
+    let path = build(package, binary)?;
+    let status =
+        Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
+    if status.success() { Ok(()) } else { bail!("{binary} {} failed ({status})", args.join(" ")) }
+}
