@@ -1,5 +1,7 @@
 //! Losses against values from PyTorch, gradients against theory, and limits.
 
+#![allow(clippy::unwrap_used)]
+
 use apo_loss::{PairLogps, apo_down, apo_zero, rewards, sft, sigmoid};
 use burn::tensor::{Device, Tensor};
 

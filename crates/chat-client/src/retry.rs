@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use rand::Rng;
 
 /// Longest wait between two attempts, whatever the server asks for.
-const LONGEST: Duration = Duration::from_secs(120);
+const LONGEST: Duration = Duration::from_mins(2);
 
 /// True for statuses that may change when the same request is sent again.
 pub fn is_transient(status: u16) -> bool {

@@ -45,7 +45,7 @@ impl Decoder {
         let parsed = files.iter().map(OpenFile::parse).collect::<Result<Vec<_>, _>>()?;
         let mut found = HashMap::new();
         for tensors in &parsed {
-            found.extend(tensors.iter().map(|(name, view)| (name.to_string(), view)));
+            found.extend(tensors.iter().map(|(name, view)| (name.clone(), view)));
         }
         let wanted = config.weights();
         check_names(dir, &config, &wanted, &found)?;

@@ -100,7 +100,8 @@ impl Decoder {
             .into_iter()
             .map(|(name, shape)| {
                 let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
-                let tensor = if name.ends_with(".bias") {
+                let part = name.rsplit('.').next().unwrap_or_default();
+                let tensor = if part == "bias" {
                     Tensor::zeros(dims, device)
                 } else if shape.len() == 1 {
                     Tensor::ones(dims, device)

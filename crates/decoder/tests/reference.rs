@@ -1,6 +1,8 @@
 //! Every family against transformers: next-token log-probabilities, last logits, and the bytes of a
 //! saved checkpoint. `reference.json` holds what transformers 5.23 computed (see fixtures/README.md).
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

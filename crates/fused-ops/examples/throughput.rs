@@ -45,7 +45,7 @@ fn main() {
     let targets = Arc::new((0..n as u32).collect::<Vec<_>>());
     let flops = 2.0 * (n * h * v) as f64;
     time("head forward, 1024 rows, vocabulary 49152", flops, || {
-        drop(head(hidden.clone(), w.clone(), &targets))
+        drop(head(hidden.clone(), w.clone(), &targets));
     });
     time("head forward + backward", 4.0 * flops, || {
         let (hidden, w) = (tracked(&hidden), tracked(&w));
@@ -66,9 +66,9 @@ fn main() {
     });
     let norm = random(1, h);
     time("rms_norm forward + backward", 0.0, || {
-        drop(rms_norm(tracked(&x), tracked(&norm), 1e-5).sum().backward())
+        drop(rms_norm(tracked(&x), tracked(&norm), 1e-5).sum().backward());
     });
     time("swiglu forward + backward", 0.0, || {
-        drop(swiglu(tracked(&inner), tracked(&inner)).sum().backward())
+        drop(swiglu(tracked(&inner), tracked(&inner)).sum().backward());
     });
 }

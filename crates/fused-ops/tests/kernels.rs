@@ -1,5 +1,7 @@
 //! Every kernel against the plain composition of Burn operations, values and gradients.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 
 use burn::tensor::{Device, Distribution, Tensor};

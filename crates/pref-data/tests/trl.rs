@@ -1,5 +1,7 @@
 //! Token ids against TRL 1.16 (fixtures/tokenization, see fixtures/README.md).
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

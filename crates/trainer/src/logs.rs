@@ -87,17 +87,15 @@ impl Progress {
     /// Tells the newest figures; without a bar this is one line on stderr.
     #[allow(clippy::print_stderr)]
     pub fn say(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.set_message(text.to_string()),
-            None => {
-                let elapsed = self.started.elapsed().as_secs_f64();
-                let left =
-                    elapsed / self.done.max(1) as f64 * (self.total - self.done.min(self.total)) as f64;
-                eprintln!(
-                    "{} {}/{} | {text} | {elapsed:.0} s, {left:.0} s left",
-                    self.what, self.done, self.total
-                );
-            }
+        if let Some(bar) = &self.bar {
+            bar.set_message(text.to_string())
+        } else {
+            let elapsed = self.started.elapsed().as_secs_f64();
+            let left = elapsed / self.done.max(1) as f64 * (self.total - self.done.min(self.total)) as f64;
+            eprintln!(
+                "{} {}/{} | {text} | {elapsed:.0} s, {left:.0} s left",
+                self.what, self.done, self.total
+            );
         }
     }
 

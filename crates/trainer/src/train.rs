@@ -65,17 +65,14 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let started = Instant::now();
     let references = References::get(settings, &model, &data, &plan, &model_hash, &device)?;
     let reference_seconds = started.elapsed().as_secs_f64();
-    let (model, optimizer) = match &resume {
-        Some(dir) => {
-            say(&format!("going on from {} (step {})", dir.display(), state.step));
-            let model = Decoder::load(dir, &device)?;
-            let optimizer = checkpoint::read_optimizer(dir, &model, &device)?;
-            (model, optimizer)
-        }
-        None => {
-            let weights = model.weights().len();
-            (model, Optimizer::new(weights))
-        }
+    let (model, optimizer) = if let Some(dir) = &resume {
+        say(&format!("going on from {} (step {})", dir.display(), state.step));
+        let model = Decoder::load(dir, &device)?;
+        let optimizer = checkpoint::read_optimizer(dir, &model, &device)?;
+        (model, optimizer)
+    } else {
+        let weights = model.weights().len();
+        (model, Optimizer::new(weights))
     };
     let resumed_from_step = state.step;
     let mut training = Training {

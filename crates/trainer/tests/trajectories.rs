@@ -1,6 +1,8 @@
 //! Training runs against `trl dpo` itself: the commands of the fixtures are run here as they stand,
 //! `trl dpo` replaced by this binary, and every logged number is compared.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

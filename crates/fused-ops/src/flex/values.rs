@@ -1,0 +1,168 @@
+//! Values: the kernels on Flex tensors.
+
+use std::sync::Arc;
+
+use burn::backend::Flex;
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Shape};
+
+use super::{FusedOps, Three, Two};
+use crate::kernels::attention::Operands;
+use crate::kernels::matrix::{Mat, matmul};
+use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
+use crate::{Heads, Rotary, Segments};
+
+fn flat(t: &FlexTensor) -> FlexTensor {
+    t.to_contiguous()
+}
+
+fn new(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+    let layout = Layout::contiguous(Shape::from(shape.to_vec()));
+    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
+}
+
+fn like(values: Vec<f32>, other: &FlexTensor) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(other.layout().shape().clone()), DType::F32)
+}
+
+fn dims(t: &FlexTensor) -> [usize; 2] {
+    let shape = t.layout().shape();
+    [shape[0], shape[1]]
+}
+
+impl FusedOps for Flex {
+    fn fused_linear(x: FlexTensor, w: FlexTensor) -> FlexTensor {
+        let (x, w) = (flat(&x), flat(&w));
+        let ([tokens, inner], [outer, inner_w]) = (dims(&x), dims(&w));
+        assert_eq!(inner, inner_w, "linear: x has {inner} features, the weight takes {inner_w}");
+        let mut out = vec![0.0; tokens * outer];
+        let (a, b) = (Mat::rows(x.storage(), inner), Mat::rows(w.storage(), inner).t());
+        matmul(&mut out, false, (tokens, outer, inner), a, b);
+        new(out, &[tokens, outer])
+    }
+
+    fn linear_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor) -> Two<Self> {
+        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
+        let ([tokens, inner], [outer, _]) = (dims(&x), dims(&w));
+        let g = Mat::rows(grad.storage(), outer);
+        let mut dx = vec![0.0; tokens * inner];
+        matmul(&mut dx, false, (tokens, inner, outer), g, Mat::rows(w.storage(), inner));
+        let mut dw = vec![0.0; outer * inner];
+        matmul(&mut dw, false, (outer, inner, tokens), g.t(), Mat::rows(x.storage(), inner));
+        (like(dx, &x), like(dw, &w))
+    }
+
+    fn fused_rms_norm(x: FlexTensor, w: FlexTensor, eps: f32) -> FlexTensor {
+        let (x, w) = (flat(&x), flat(&w));
+        like(norm::rms_forward(x.storage(), w.storage(), eps), &x)
+    }
+
+    fn rms_norm_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor, eps: f32) -> Two<Self> {
+        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
+        let (dx, dw) = norm::rms_backward(grad.storage(), x.storage(), w.storage(), eps);
+        (like(dx, &x), like(dw, &w))
+    }
+
+    fn fused_layer_norm(x: FlexTensor, w: FlexTensor, b: FlexTensor, eps: f32) -> FlexTensor {
+        let (x, w, b) = (flat(&x), flat(&w), flat(&b));
+        like(norm::layer_forward(x.storage(), w.storage(), b.storage(), eps), &x)
+    }
+
+    fn layer_norm_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor, eps: f32) -> Three<Self> {
+        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
+        let (dx, dw, db) = norm::layer_backward(grad.storage(), x.storage(), w.storage(), eps);
+        (like(dx, &x), like(dw, &w), like(db, &w))
+    }
+
+    fn fused_rotary(x: FlexTensor, table: Rotary, sign: f32) -> FlexTensor {
+        let x = flat(&x);
+        let features = dims(&x)[1];
+        like(elementwise::rotate(x.storage(), features, &table.cos, &table.sin, table.half, sign), &x)
+    }
+
+    fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        let (gate, up) = (flat(&gate), flat(&up));
+        like(elementwise::swiglu_forward(gate.storage(), up.storage()), &gate)
+    }
+
+    fn swiglu_backward(grad: FlexTensor, gate: FlexTensor, up: FlexTensor) -> Two<Self> {
+        let (grad, gate, up) = (flat(&grad), flat(&gate), flat(&up));
+        let (dg, du) = elementwise::swiglu_backward(grad.storage(), gate.storage(), up.storage());
+        (like(dg, &gate), like(du, &up))
+    }
+
+    fn fused_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scale: f32,
+    ) -> Two<Self> {
+        let (q, k, v) = (flat(&q), flat(&k), flat(&v));
+        let (queries, keys) = segments.extent();
+        assert!(queries <= dims(&q)[0] && keys <= dims(&k)[0], "segments reach beyond the tensors");
+        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scale };
+        let (out, lse) = attn::forward(x, &segments);
+        (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))
+    }
+
+    fn attention_backward(
+        grad: FlexTensor,
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        out: FlexTensor,
+        lse: FlexTensor,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scale: f32,
+    ) -> Three<Self> {
+        let (grad, q, k, v) = (flat(&grad), flat(&q), flat(&k), flat(&v));
+        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scale };
+        let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), out.storage(), lse.storage());
+        (like(dq, &q), like(dk, &k), like(dv, &v))
+    }
+
+    fn fused_sums(values: FlexTensor, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FlexTensor {
+        let values = flat(&values);
+        let data = values.storage::<f32>();
+        let mut totals = vec![0.0_f64; sums];
+        for &(value, sum) in plan.iter() {
+            totals[sum as usize] += f64::from(data[value as usize]);
+        }
+        new(totals.into_iter().map(|total| total as f32).collect(), &[sums])
+    }
+
+    fn sums_backward(grad: FlexTensor, plan: Arc<Vec<(u32, u32)>>, values: usize) -> FlexTensor {
+        let grad = flat(&grad);
+        let data = grad.storage::<f32>();
+        let mut out = vec![0.0; values];
+        for &(value, sum) in plan.iter() {
+            out[value as usize] += data[sum as usize];
+        }
+        new(out, &[values])
+    }
+
+    fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>) -> Three<Self> {
+        let (hidden, w) = (flat(&hidden), flat(&w));
+        let (n, [vocab, dim]) = (targets.len(), dims(&w));
+        assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
+        let result = lm_head::forward(hidden.storage(), w.storage(), dim, &targets);
+        (new(result.logps, &[n]), new(result.stats, &[n, 3]), new(result.lse, &[n]))
+    }
+
+    fn head_backward(
+        grad: FlexTensor,
+        hidden: FlexTensor,
+        w: FlexTensor,
+        lse: FlexTensor,
+        targets: Arc<Vec<u32>>,
+    ) -> Two<Self> {
+        let (grad, hidden, w) = (flat(&grad), flat(&hidden), flat(&w));
+        let dim = dims(&w)[1];
+        let (g, h, weight) = (grad.storage(), hidden.storage(), w.storage());
+        let (dh, dw) = lm_head::backward(g, h, weight, dim, &targets, lse.storage());
+        (like(dh, &hidden), like(dw, &w))
+    }
+}
