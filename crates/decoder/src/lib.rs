@@ -1,6 +1,6 @@
 //! Decoder language models on packed token rows.
 //!
-//! One [`Decoder`] serves every family: a file in [`arch`] maps a Hugging Face `config.json` onto a
+//! One [`Decoder`] serves every family: a file in `arch` maps a Hugging Face `config.json` onto a
 //! [`Config`] and names the weights; the blocks are shared. Weights are plain tensors in one list, so
 //! that the optimizer, the checkpoint writer and the gradient reader walk the same order.
 

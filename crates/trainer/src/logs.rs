@@ -88,7 +88,7 @@ impl Progress {
     #[allow(clippy::print_stderr)]
     pub fn say(&self, text: &str) {
         if let Some(bar) = &self.bar {
-            bar.set_message(text.to_string())
+            bar.set_message(text.to_string());
         } else {
             let elapsed = self.started.elapsed().as_secs_f64();
             let left = elapsed / self.done.max(1) as f64 * (self.total - self.done.min(self.total)) as f64;
