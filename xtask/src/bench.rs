@@ -148,6 +148,9 @@ fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
     command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
     let path = env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
+    // The launcher would set one thread.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    command.env("OMP_NUM_THREADS", threads.to_string()).env("TOKENIZERS_PARALLELISM", "false");
     let tcmalloc = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4";
     if Path::new(tcmalloc).exists() {
         command.env("LD_PRELOAD", tcmalloc);

@@ -227,6 +227,17 @@ impl Client {
     }
 }
 
+/// The key in an environment variable: the one named, which must be set, or else `OPENAI_API_KEY` where it
+/// is.
+pub fn api_key(variable: Option<&str>) -> Result<Option<SecretString>, Error> {
+    let name = variable.unwrap_or("OPENAI_API_KEY");
+    match std::env::var(name) {
+        Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_string().into())),
+        _ if variable.is_some() => Err(Error::Key(name.into())),
+        _ => Ok(None),
+    }
+}
+
 /// The cause a person can act on; reqwest's own text repeats the URL and little else.
 fn innermost(error: &reqwest::Error) -> String {
     let mut source: &dyn std::error::Error = error;

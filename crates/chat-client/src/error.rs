@@ -39,6 +39,9 @@ pub enum Error {
         /// No attempt reached the server at all.
         unreachable: bool,
     },
+    /// The environment variable that should hold the key does not.
+    #[error("the environment variable {0} (--api-key-env) is not set")]
+    Key(String),
     /// The HTTP client could not be set up.
     #[error("cannot set up the HTTP client: {0}")]
     Setup(String),
@@ -58,7 +61,7 @@ impl Error {
         match self {
             Self::Refused { status, .. } => matches!(status, 401 | 403 | 404),
             Self::GaveUp { unreachable, .. } => *unreachable,
-            Self::Endpoint { .. } | Self::Setup(_) | Self::Store { .. } => true,
+            Self::Endpoint { .. } | Self::Key(_) | Self::Setup(_) | Self::Store { .. } => true,
         }
     }
 

@@ -10,7 +10,7 @@ mod request;
 mod retry;
 mod store;
 
-pub use client::{Client, Settings, Source, Stored};
+pub use client::{Client, Settings, Source, Stored, api_key};
 pub use error::Error;
 pub use request::{ChatMessage, ChatRequest, Reply, Usage};
 pub use store::{ReplyStore, StoredReply};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use chat_client::{ChatMessage, ChatRequest, Client, Error, Reply, ReplyStore, Settings, Source};
+use chat_client::{ChatMessage, ChatRequest, Client, Error, Reply, ReplyStore, Settings, Source, api_key};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -189,7 +189,7 @@ impl Teacher {
         };
         let settings = Settings {
             endpoint,
-            api_key: key(args.api_key_env.as_deref())?,
+            api_key: api_key(args.api_key_env.as_deref())?,
             max_in_flight: args.max_in_flight.unwrap_or(32).max(1),
             retries: args.retries.unwrap_or(8),
             timeout: seconds(args.timeout, 600.0, "timeout")?,
@@ -274,15 +274,6 @@ fn explain(error: Error) -> anyhow::Error {
         _ => return error.into(),
     };
     anyhow::Error::new(error).context(format!("the run cannot go on; {hint}"))
-}
-
-fn key(variable: Option<&str>) -> Result<Option<secrecy::SecretString>> {
-    let name = variable.unwrap_or("OPENAI_API_KEY");
-    match (std::env::var(name), variable) {
-        (Ok(key), _) if !key.trim().is_empty() => Ok(Some(key.trim().to_string().into())),
-        (_, Some(name)) => bail!("the environment variable {name} (--api-key-env) is not set"),
-        (_, None) => Ok(None),
-    }
 }
 
 struct Progress {

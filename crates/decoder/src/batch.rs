@@ -20,6 +20,27 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Packed rows, each `(first token, shared tokens, tokens of the two tails)`.
+    pub fn packed(
+        tokens: &[u32],
+        positions: &[u32],
+        rows: impl IntoIterator<Item = (usize, usize, [usize; 2])>,
+        predictors: &[u32],
+        targets: &[u32],
+    ) -> Self {
+        let mut segments = Segments::default();
+        for (start, shared, tails) in rows {
+            segments.push_row(start, shared, &tails);
+        }
+        Self {
+            tokens: tokens.to_vec(),
+            positions: positions.to_vec(),
+            segments: Arc::new(segments),
+            predictors: predictors.to_vec(),
+            targets: Arc::new(targets.to_vec()),
+        }
+    }
+
     /// One sequence by itself, every next token scored.
     pub fn of_sequence(tokens: &[u32]) -> Self {
         let mut segments = Segments::default();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use decoder::{Batch, Decoder};
-use fused_ops::{Segments, sum_into};
+use fused_ops::sum_into;
 use pref_data::{Packed, PairTokens};
 use proptest::prelude::*;
 
@@ -29,17 +29,8 @@ fn pair() -> impl Strategy<Value = PairTokens> {
 }
 
 fn packed_batch(packed: &Packed) -> Batch {
-    let mut segments = Segments::default();
-    for row in &packed.rows {
-        segments.push_row(row.start, row.shared, &row.tails);
-    }
-    Batch {
-        tokens: packed.tokens.clone(),
-        positions: packed.positions.clone(),
-        segments: Arc::new(segments),
-        predictors: packed.predictors.clone(),
-        targets: Arc::new(packed.targets.clone()),
-    }
+    let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
+    Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets)
 }
 
 fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

@@ -1,9 +1,6 @@
 //! Log-probabilities of both completions of pairs under one model.
 
-use std::sync::Arc;
-
 use decoder::{Batch, Decoder};
-use fused_ops::Segments;
 use pref_data::{Packed, PreparedRow};
 
 /// Sums over one pair's completions.
@@ -43,15 +40,6 @@ pub fn score(
 }
 
 fn input(packed: &Packed) -> Batch {
-    let mut segments = Segments::default();
-    for row in &packed.rows {
-        segments.push_row(row.start, row.shared, &row.tails);
-    }
-    Batch {
-        tokens: packed.tokens.clone(),
-        positions: packed.positions.clone(),
-        segments: Arc::new(segments),
-        predictors: packed.predictors.clone(),
-        targets: Arc::new(packed.targets.clone()),
-    }
+    let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
+    Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets)
 }

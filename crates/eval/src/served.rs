@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings};
+use anyhow::{Context, Result};
+use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings, api_key};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -27,7 +27,7 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
     let client = Arc::new(Client::new(
         Settings {
             endpoint: endpoint.into(),
-            api_key: key(args.api_key_env.as_deref())?,
+            api_key: api_key(args.api_key_env.as_deref())?,
             max_in_flight: args.max_in_flight.unwrap_or(32).max(1),
             retries: 8,
             timeout: Duration::from_mins(10),
@@ -81,14 +81,5 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
             prompts.len()
         ))),
         None => finish(answers, &prompts),
-    }
-}
-
-fn key(variable: Option<&str>) -> Result<Option<secrecy::SecretString>> {
-    let name = variable.unwrap_or("OPENAI_API_KEY");
-    match (std::env::var(name), variable) {
-        (Ok(key), _) if !key.trim().is_empty() => Ok(Some(key.trim().to_string().into())),
-        (_, Some(name)) => bail!("the environment variable {name} (--api-key-env) is not set"),
-        (_, None) => Ok(None),
     }
 }

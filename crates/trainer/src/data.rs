@@ -30,6 +30,7 @@ pub fn load(settings: &Settings, tokenizer: &Tokenizer, need_test: bool) -> Resu
         }
         Ok(prepared)
     };
+    let train = tokens(&train)?;
     let test = match (need_test, test) {
         (false, _) => None,
         (true, Some(path)) => Some(tokens(&path)?),
@@ -38,7 +39,7 @@ pub fn load(settings: &Settings, tokenizer: &Tokenizer, need_test: bool) -> Resu
             settings.dataset.display()
         ),
     };
-    Ok(Data { train: tokens(&train)?, test })
+    Ok(Data { train, test })
 }
 
 /// Micro-batches of one epoch, as row indices. The order depends on the seed and the epoch alone.

@@ -45,15 +45,26 @@ impl Logs {
     }
 }
 
-/// Empties an output directory of an earlier run.
+/// Deletes what an earlier run wrote into an output directory, and nothing else.
 pub fn clear(dir: &Path) -> Result<()> {
     let context = || format!("{}: cannot clear the earlier run", dir.display());
     for entry in fs::read_dir(dir).with_context(context)? {
         let path = entry.with_context(context)?.path();
-        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
-            .with_context(context)?;
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if path.is_dir() && (name.starts_with("checkpoint-") || name.starts_with(".checkpoint-")) {
+            fs::remove_dir_all(&path).with_context(context)?;
+        } else if path.is_file() && is_ours(name) {
+            fs::remove_file(&path).with_context(context)?;
+        }
     }
     Ok(())
+}
+
+fn is_ours(name: &str) -> bool {
+    matches!(
+        name,
+        "train_log.jsonl" | "eval_log.jsonl" | "run.json" | "config.json" | "model.safetensors.index.json"
+    ) || (name.starts_with("model") && name.ends_with(".safetensors"))
 }
 
 /// A progress bar on a terminal, plain lines elsewhere.

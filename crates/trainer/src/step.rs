@@ -5,7 +5,7 @@ use std::sync::Arc;
 use apo_loss::{PairLogps, apo_down, apo_zero, sft, sigmoid};
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
-use fused_ops::{Segments, sum_into};
+use fused_ops::sum_into;
 use pref_data::{Packed, PreparedRow};
 
 use crate::args::LossType;
@@ -33,17 +33,9 @@ impl Micro {
     /// Packs rows in the given order.
     pub fn new<'a>(rows: impl IntoIterator<Item = &'a PreparedRow>) -> Self {
         let packed = Packed::new(rows.into_iter().map(|row| &row.tokens));
-        let mut segments = Segments::default();
-        for row in &packed.rows {
-            segments.push_row(row.start, row.shared, &row.tails);
-        }
-        let batch = Batch {
-            tokens: packed.tokens.clone(),
-            positions: packed.positions.clone(),
-            segments: Arc::new(segments),
-            predictors: packed.predictors.clone(),
-            targets: Arc::new(packed.targets.clone()),
-        };
+        let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
+        let batch =
+            Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets);
         Self { sums: Arc::new(packed.sums()), packed, batch }
     }
 

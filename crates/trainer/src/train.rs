@@ -84,6 +84,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         optimizer,
         logs: Logs::open(&settings.output_dir, state.step)?,
         state,
+        epoch: None,
         computed_tokens: 0,
     };
     let mut info = RunInfo {
@@ -156,10 +157,15 @@ impl Plan {
         micro_batches(self.rows, self.batch, self.shuffle, self.seed, epoch)
     }
 
-    /// Micro-batches of step `step` (from 0): the last step of an epoch may have fewer.
-    fn micros(&self, step: usize) -> Vec<Vec<usize>> {
-        let first = step % self.steps_per_epoch * self.accumulation;
-        self.epoch(step / self.steps_per_epoch).into_iter().skip(first).take(self.accumulation).collect()
+    /// Micro-batches of step `step` (from 0): the last step of an epoch may have fewer. `current` keeps
+    /// the order of the epoch that the step is in.
+    fn micros(&self, step: usize, current: &mut Option<(usize, Vec<Vec<usize>>)>) -> Vec<Vec<usize>> {
+        let (epoch, first) = (step / self.steps_per_epoch, step % self.steps_per_epoch * self.accumulation);
+        if current.as_ref().is_none_or(|(held, _)| *held != epoch) {
+            *current = Some((epoch, self.epoch(epoch)));
+        }
+        let batches = current.as_ref().map_or(&[][..], |(_, batches)| batches);
+        batches.iter().skip(first).take(self.accumulation).cloned().collect()
     }
 
     /// Epochs done after `steps` steps, as transformers counts them.
@@ -243,6 +249,7 @@ struct Training<'a> {
     optimizer: Optimizer,
     logs: Logs,
     state: State,
+    epoch: Option<(usize, Vec<Vec<usize>>)>,
     computed_tokens: usize,
 }
 
@@ -283,7 +290,7 @@ impl Training<'_> {
 
     /// One optimizer step; returns its learning rate and gradient norm.
     fn one_step(&mut self) -> Result<(f64, f64)> {
-        let micros = self.plan.micros(self.state.step);
+        let micros = self.plan.micros(self.state.step, &mut self.epoch);
         let scale = 1.0 / micros.len() as f64;
         for rows in &micros {
             let micro = Micro::new(rows.iter().map(|&i| &self.data.train.rows[i]));
