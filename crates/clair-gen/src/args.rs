@@ -53,7 +53,7 @@ pub struct Args {
     /// Attempts after the first for timeouts, 408, 409, 429, 5xx and broken replies [default: 8].
     #[arg(long, value_name = "N", requires = "endpoint")]
     pub retries: Option<u32>,
-    /// Times to ask again when a reply does not keep to the form [default: 2].
+    /// Times to ask again when a reply does not keep to the form [default: 4].
     #[arg(long, value_name = "N", requires = "endpoint")]
     pub form_retries: Option<u32>,
     /// Longest time for one attempt, in seconds [default: 600].

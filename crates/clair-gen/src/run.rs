@@ -221,7 +221,7 @@ impl Teacher {
             client: Client::new(settings, store)?,
             prompt: Prompt::new(&source)?,
             request,
-            form_retries: args.form_retries.unwrap_or(2),
+            form_retries: args.form_retries.unwrap_or(4),
         })
     }
 
