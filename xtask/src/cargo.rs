@@ -30,7 +30,17 @@ pub fn build(package: &str, binary: &str) -> Result<PathBuf> {
     Ok(target.join("release").join(format!("{binary}{}", env::consts::EXE_SUFFIX)))
 }
 
+/// Builds a binary and becomes it, so that signals and exit codes are its own.
+#[cfg(unix)]
+pub fn run(package: &str, binary: &str, args: &[String]) -> Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+    let path = build(package, binary)?;
+    let error = Command::new(&path).args(args).exec();
+    Err(error).with_context(|| format!("cannot run {}", path.display()))
+}
+
 /// Builds and runs a binary; its exit code is ours.
+#[cfg(not(unix))]
 pub fn run(package: &str, binary: &str, args: &[String]) -> Result<ExitCode> {
     let path = build(package, binary)?;
     let status =

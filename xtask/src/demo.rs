@@ -70,20 +70,28 @@ pub fn run_demo(model: &str, out: &Path) -> Result<Value> {
     Ok(score)
 }
 
-/// A metric's values: reference and model.
-pub fn metric(score: &Value, name: &str) -> Option<(f64, f64)> {
-    let found = score["metrics"].as_array()?.iter().find(|metric| metric["name"] == name)?;
-    Some((found["reference"].as_f64()?, found["model"]["mean"].as_f64()?))
+/// What the demo must show on pairs that the model has not seen: accuracy beyond chance (before training all
+/// rewards are 0 and no pair is ranked), a margin whose 95 % interval is above 0, and winners that did not
+/// become less likely.
+pub fn shows_improvement(score: &Value) -> Option<[bool; 3]> {
+    let metric = |name: &str| score["metrics"].as_array()?.iter().find(|metric| metric["name"] == name);
+    let accuracy = metric("rewards/accuracies")?["model"]["mean"].as_f64()?;
+    let margin = metric("rewards/margins")?["model"]["low"].as_f64()?;
+    let winners = metric("logps/chosen")?;
+    let rose = winners["model"]["mean"].as_f64()? >= winners["reference"].as_f64()?;
+    Some([accuracy > 0.5, margin > 0.0, rose])
 }
 
 fn verdict(score: &Value) -> String {
-    let rose = |name: &str| metric(score, name).is_some_and(|(before, after)| after > before);
-    let word = |rose: bool| if rose { "rose" } else { "DID NOT RISE" };
+    let Some([accuracy, margin, winners]) = shows_improvement(score) else {
+        return "score.json lacks a metric".into();
+    };
+    let word = |yes: bool| if yes { "rose" } else { "DID NOT RISE" };
     format!(
-        "held-out reward accuracy {}, margin {}; the winners' log-likelihood {}",
-        word(rose("rewards/accuracies")),
-        word(rose("rewards/margins")),
-        if rose("logps/chosen") { "rose" } else { "FELL" }
+        "held-out reward accuracy {} beyond chance, the margin {} above 0; the winners' log-likelihood {}",
+        word(accuracy),
+        word(margin),
+        if winners { "did not fall" } else { "FELL" }
     )
 }
 

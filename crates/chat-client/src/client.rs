@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use reqwest::header::RETRY_AFTER;
 use reqwest::redirect::Policy;
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::{Notify, OnceCell, Semaphore};
 
 use crate::retry::{delay, is_transient, retry_after};
 use crate::store::{ReplyStore, StoredReply};
@@ -65,6 +65,7 @@ pub struct Client {
     store: ReplyStore,
     permits: Semaphore,
     closed: AtomicBool,
+    closing: Notify,
     same: Mutex<HashMap<String, Arc<OnceCell<Stored>>>>,
 }
 
@@ -89,7 +90,7 @@ impl Client {
             .user_agent(concat!("chat-client/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|e| Error::Setup(e.to_string()))?;
-        let permits = Semaphore::new(settings.max_in_flight.max(1));
+        let permits = Semaphore::new(settings.max_in_flight.clamp(1, Semaphore::MAX_PERMITS));
         Ok(Self {
             http,
             url,
@@ -97,6 +98,7 @@ impl Client {
             store,
             permits,
             closed: AtomicBool::new(false),
+            closing: Notify::new(),
             same: Mutex::default(),
         })
     }
@@ -110,6 +112,7 @@ impl Client {
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
         self.permits.close();
+        self.closing.notify_waiters();
     }
 
     /// True after [`Client::close`].
@@ -131,7 +134,7 @@ impl Client {
         let result = cell
             .get_or_try_init(|| async {
                 let Ok(_permit) = self.permits.acquire().await else { return Err(None) };
-                self.request(&key, request).await.map_err(Some)
+                self.request(&key, request).await
             })
             .await;
         self.same.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
@@ -151,7 +154,8 @@ impl Client {
         }))
     }
 
-    async fn request(&self, key: &str, request: &ChatRequest) -> Result<Stored, Error> {
+    /// `Err(None)` when the client was closed while waiting for another attempt.
+    async fn request(&self, key: &str, request: &ChatRequest) -> Result<Stored, Option<Error>> {
         let body = request.body();
         let started = Instant::now();
         let mut reached = false;
@@ -167,7 +171,7 @@ impl Client {
                         latency_ms,
                         attempts: attempt,
                     };
-                    self.store.put(line).await?;
+                    self.store.put(line).await.map_err(Some)?;
                     return Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt });
                 }
                 Err(failure) => failure,
@@ -175,18 +179,25 @@ impl Client {
             reached |= failure.reached;
             tracing::debug!(attempt, reason = failure.reason, "attempt failed");
             if let Some(status) = failure.fatal {
-                return Err(Error::Refused { url: self.url.clone(), status, body: failure.reason });
+                return Err(Some(Error::Refused { url: self.url.clone(), status, body: failure.reason }));
             }
-            if attempt > self.settings.retries || self.is_closed() {
-                return Err(Error::GaveUp {
+            if attempt > self.settings.retries {
+                return Err(Some(Error::GaveUp {
                     url: self.url.clone(),
                     attempts: attempt,
                     elapsed: started.elapsed(),
                     last: failure.reason,
                     unreachable: !reached,
-                });
+                }));
             }
-            tokio::time::sleep(delay(attempt, self.settings.backoff, failure.asked)).await;
+            let pause = tokio::time::sleep(delay(attempt, self.settings.backoff, failure.asked));
+            tokio::select! {
+                () = pause => {}
+                () = self.closing.notified() => {}
+            }
+            if self.is_closed() {
+                return Err(None);
+            }
         }
         unreachable!("the loop ends by returning")
     }
@@ -218,7 +229,12 @@ impl Client {
             }
         }
         if !(200..300).contains(&status) {
-            let excerpt: String = String::from_utf8_lossy(&bytes).chars().take(300).collect();
+            let mut excerpt: String = String::from_utf8_lossy(&bytes).chars().take(2000).collect();
+            // Some servers echo the key they refuse.
+            if let Some(key) = &self.settings.api_key {
+                excerpt = excerpt.replace(key.expose_secret(), "[key]");
+            }
+            let excerpt: String = excerpt.chars().take(300).collect();
             let transient = is_transient(status);
             let reason = if transient { format!("status {status}: {excerpt}") } else { excerpt };
             return Err(Failure { reason, asked, reached: true, fatal: (!transient).then_some(status) });
@@ -256,6 +272,9 @@ fn completions_url(endpoint: &str) -> Result<String, Error> {
     if !url.username().is_empty() || url.password().is_some() {
         return Err(bad("must not hold a user or password; use the key's environment variable"));
     }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(bad("must not hold a query or fragment"));
+    }
     let trimmed = endpoint.trim_end_matches('/');
     if trimmed.ends_with("/chat/completions") {
         return Ok(trimmed.into());
@@ -272,7 +291,7 @@ mod tests {
         let url = |endpoint| completions_url(endpoint).unwrap();
         assert_eq!(url("http://localhost:8000/v1/"), "http://localhost:8000/v1/chat/completions");
         assert_eq!(url("https://h/v1/chat/completions"), "https://h/v1/chat/completions");
-        for bad in ["localhost:8000", "ftp://x/v1", "", "https://user:secret@h/v1"] {
+        for bad in ["localhost:8000", "ftp://x/v1", "", "https://user:secret@h/v1", "https://h/v1?key=1"] {
             assert!(completions_url(bad).is_err(), "{bad}");
         }
     }

@@ -59,7 +59,7 @@ impl Error {
     /// True when every other request of the run would fail in the same way: wrong key, wrong address.
     pub fn is_setup(&self) -> bool {
         match self {
-            Self::Refused { status, .. } => matches!(status, 401 | 403 | 404),
+            Self::Refused { status, .. } => matches!(status, 300..=399 | 401 | 403 | 404),
             Self::GaveUp { unreachable, .. } => *unreachable,
             Self::Endpoint { .. } | Self::Key(_) | Self::Setup(_) | Self::Store { .. } => true,
         }

@@ -21,7 +21,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "clair")]
     pub method: Method,
     /// Base URL of an OpenAI-compatible server (`…/v1`).
-    #[arg(long, value_name = "URL", required_unless_present = "replay", conflicts_with = "replay")]
+    #[arg(
+        long,
+        value_name = "URL",
+        required_unless_present = "replay",
+        conflicts_with = "replay",
+        requires = "model"
+    )]
     pub endpoint: Option<String>,
     /// Name of the teacher model.
     #[arg(long, value_name = "NAME", requires = "endpoint")]

@@ -32,8 +32,9 @@ impl Replay {
                 |names: [&str; 2]| names.iter().find_map(|&name| row[name].as_str()).map(str::to_owned);
             let (task, answer) = (text(["task", "prompt"]), text(["student_solution", "answer"]));
             let id = match &row["id"] {
+                Value::Null => None,
                 Value::String(id) => Some(id.clone()),
-                _ => None,
+                other => Some(other.to_string()),
             };
             match (task, answer, id) {
                 (Some(task), Some(answer), _) => drop(replay.by_text.insert((task, answer), reply)),

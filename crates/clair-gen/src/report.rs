@@ -13,6 +13,9 @@ use similar::{ChangeTag, TextDiff};
 use crate::contrast::{self, Contrast, measure};
 use crate::output::{Failed, Pair};
 
+/// Pairs whose contrast is measured, evenly spread: edit distance is quadratic in the length.
+const MEASURED: usize = 1000;
+
 /// Pairs shown in the HTML report.
 const SHOWN: usize = 50;
 
@@ -33,8 +36,10 @@ pub struct Report {
     pub usage: Usage,
     /// Milliseconds a reply took: median, 90th and 99th percentile.
     pub latency_ms: [u64; 3],
-    /// Mean contrast of the pairs.
+    /// Mean contrast of the pairs measured.
     pub contrast: Contrast,
+    /// Pairs measured for it: all, or 1,000 or fewer evenly spread ones.
+    pub contrast_pairs: usize,
 }
 
 /// One piece of a word diff.
@@ -62,8 +67,9 @@ pub fn summarize(pairs: &[Pair], failed: &[Failed], from_store: usize, from_serv
         usage.completion_tokens += pair.usage.completion_tokens;
         usage.total_tokens += pair.usage.total_tokens;
     }
+    let measured = pairs.iter().step_by(pairs.len().div_ceil(MEASURED).max(1));
     let contrasts: Vec<Contrast> =
-        pairs.iter().map(|pair| measure(&pair.answer.response, &pair.revision.text)).collect();
+        measured.map(|pair| measure(&pair.answer.response, &pair.revision.text)).collect();
     Report {
         pairs: pairs.len(),
         failed: failed.len(),
@@ -73,6 +79,7 @@ pub fn summarize(pairs: &[Pair], failed: &[Failed], from_store: usize, from_serv
         usage,
         latency_ms: [percentile(0.5), percentile(0.9), percentile(0.99)],
         contrast: contrast::mean(&contrasts),
+        contrast_pairs: contrasts.len(),
     }
 }
 

@@ -54,6 +54,11 @@ pub async fn generate(
     args: &Args,
     interrupted: impl Future<Output = ()> + Send + 'static,
 ) -> Result<Outcome> {
+    for (name, value) in [("temperature", args.temperature), ("top-p", args.top_p)] {
+        if value.is_some_and(|value| !value.is_finite() || value < 0.0) {
+            bail!("--{name} must be a number of 0 or more");
+        }
+    }
     let answers = input::read(&args.input)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let finished = match &args.replay {
@@ -74,6 +79,14 @@ pub async fn generate(
             Some(Row::Failed(failure)) => failed.push(failure),
             Some(Row::Skipped) | None => bail!("row {index} was lost; this is a bug"),
         }
+    }
+    // The manifest says that the rest is whole: it goes before anything is replaced.
+    match fs::remove_file(args.out.join("manifest.json")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error)
+                .with_context(|| format!("{}: cannot replace manifest.json", args.out.display()));
+        }
+        _ => {}
     }
     let report = report::summarize(&pairs, &failed, from_store, from_server);
     report::write(&args.out, &report, &pairs, &failed)?;

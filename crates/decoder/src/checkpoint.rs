@@ -93,29 +93,65 @@ impl Decoder {
     }
 }
 
-/// Copies what a model directory holds besides its weights: tokenizer, chat template, generation
-/// settings. Files that are not there are skipped.
-pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
-    const FILES: [&str; 9] = [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.model",
-    ];
-    for name in FILES {
-        let source = from.join(name);
-        if source.exists() {
-            // Bytes, not fs::copy: a read-only source must not make a read-only result.
-            let bytes = fs::read(&source).map_err(Error::io(&source))?;
-            fs::write(to.join(name), bytes).map_err(Error::io(to.join(name)))?;
+/// What a model directory holds besides its weights, in memory: the directory may change or go while a
+/// model is trained.
+#[derive(Debug, Clone)]
+pub struct Companions {
+    config: Value,
+    files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Companions {
+    /// Reads configuration, tokenizer, chat template and generation settings; files that are not there are
+    /// skipped.
+    pub fn read(dir: &Path) -> Result<Self, Error> {
+        const FILES: [&str; 9] = [
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.model",
+        ];
+        let mut files = Vec::new();
+        for name in FILES {
+            let path = dir.join(name);
+            if path.exists() {
+                files.push((name, fs::read(&path).map_err(Error::io(path))?));
+            }
         }
+        Ok(Self { config: read_json(&dir.join("config.json"))?, files })
     }
-    Ok(())
+
+    /// Replaces the chat template.
+    pub fn set_chat_template(&mut self, template: &str) {
+        self.files.retain(|(name, _)| *name != "chat_template.jinja");
+        self.files.push(("chat_template.jinja", template.into()));
+    }
+
+    /// Writes everything into `dir`, with the data type in `config.json`.
+    pub fn write(&self, dir: &Path, dtype: SaveDtype) -> Result<(), Error> {
+        for (name, bytes) in &self.files {
+            fs::write(dir.join(name), bytes).map_err(Error::io(dir.join(name)))?;
+        }
+        let mut config = self.config.clone();
+        let name = match dtype {
+            SaveDtype::AsLoaded => None,
+            SaveDtype::F32 => Some("float32"),
+            SaveDtype::Bf16 => Some("bfloat16"),
+        };
+        if let (Some(map), Some(name)) = (config.as_object_mut(), name) {
+            let keys: Vec<&str> =
+                ["dtype", "torch_dtype"].into_iter().filter(|&key| map.contains_key(key)).collect();
+            for key in if keys.is_empty() { vec!["torch_dtype"] } else { keys } {
+                map.insert(key.into(), name.into());
+            }
+        }
+        write_json(&dir.join("config.json"), &config)
+    }
 }
 
 /// End-of-sequence ids of a model directory: those of `generation_config.json`, or else of `config.json`.
@@ -134,25 +170,6 @@ pub fn eos_ids(dir: &Path) -> Result<Vec<u32>, Error> {
         }
     }
     Ok(Vec::new())
-}
-
-/// Writes `config.json` into `to`, as in `from` but for the data type.
-pub fn write_config(from: &Path, to: &Path, dtype: SaveDtype) -> Result<(), Error> {
-    let path = from.join("config.json");
-    let mut config = read_json(&path)?;
-    let name = match dtype {
-        SaveDtype::AsLoaded => None,
-        SaveDtype::F32 => Some("float32"),
-        SaveDtype::Bf16 => Some("bfloat16"),
-    };
-    if let (Some(map), Some(name)) = (config.as_object_mut(), name) {
-        let keys: Vec<&str> =
-            ["dtype", "torch_dtype"].into_iter().filter(|&key| map.contains_key(key)).collect();
-        for key in if keys.is_empty() { vec!["torch_dtype"] } else { keys } {
-            map.insert(key.into(), name.into());
-        }
-    }
-    write_json(&to.join("config.json"), &config)
 }
 
 fn read_json(path: &Path) -> Result<Value, Error> {

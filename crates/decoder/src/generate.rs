@@ -20,7 +20,8 @@ pub struct Request {
     pub index: usize,
     /// Token ids of the prompt; not empty.
     pub prompt: Vec<u32>,
-    /// Seed of this request alone, so that its result does not depend on its neighbours.
+    /// Seed of this request alone: what is drawn does not depend on its neighbours, but for rounding in the
+    /// logits.
     pub seed: u64,
 }
 

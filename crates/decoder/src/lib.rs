@@ -14,7 +14,7 @@ mod model;
 mod sampling;
 
 pub use batch::{Batch, TokenScores};
-pub use checkpoint::{SaveDtype, copy_companions, eos_ids, write_config};
+pub use checkpoint::{Companions, SaveDtype, eos_ids};
 pub use config::{Config, Mlp, Norm, Positions};
 pub use error::Error;
 pub use generate::{Completion, Generator, Request, Stop};

@@ -156,6 +156,23 @@ impl Decoder {
         frozen
     }
 
+    /// Errors when a sequence of `len` tokens with these ids cannot be run: an id beyond the vocabulary, or
+    /// more tokens than a learned position table has.
+    pub fn check_sequence<'a>(
+        &self,
+        ids: impl IntoIterator<Item = &'a u32>,
+        len: usize,
+    ) -> Result<(), String> {
+        let Config { vocab, max_positions, positions, .. } = self.config;
+        if let Some(id) = ids.into_iter().find(|&&id| id as usize >= vocab) {
+            return Err(format!("token id {id} is beyond the model's vocabulary of {vocab}"));
+        }
+        if matches!(positions, Positions::Learned { .. }) && len > max_positions {
+            return Err(format!("{len} tokens, but the model has {max_positions} positions"));
+        }
+        Ok(())
+    }
+
     /// Hidden states after the final norm.
     ///
     /// # Shapes

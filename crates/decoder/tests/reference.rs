@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use decoder::{Batch, Decoder, SaveDtype};
+use decoder::{Batch, Companions, Decoder, SaveDtype};
 use serde_json::Value;
 
 const MODELS: [&str; 6] =
@@ -69,7 +69,7 @@ fn a_saved_model_is_bitwise_the_loaded_one() {
         let before = fs::read(fixture(name).join("model.safetensors")).unwrap();
         for max_shard in [usize::MAX, 200_000] {
             let dir = tempfile::tempdir().unwrap();
-            decoder::write_config(&fixture(name), dir.path(), SaveDtype::AsLoaded).unwrap();
+            Companions::read(&fixture(name)).unwrap().write(dir.path(), SaveDtype::AsLoaded).unwrap();
             model.save(dir.path(), SaveDtype::AsLoaded, max_shard).unwrap();
             let again = Decoder::load(dir.path(), &Device::flex()).unwrap();
             for (a, b) in model.weights().iter().zip(again.weights()) {
@@ -91,7 +91,7 @@ fn half_precision_checkpoints_round_trip() {
     let model = Decoder::load(&fixture("tiny-qwen2"), &Device::flex()).unwrap();
     let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     for dir in [&first, &second] {
-        decoder::write_config(&fixture("tiny-qwen2"), dir.path(), SaveDtype::Bf16).unwrap();
+        Companions::read(&fixture("tiny-qwen2")).unwrap().write(dir.path(), SaveDtype::Bf16).unwrap();
     }
     model.save(first.path(), SaveDtype::Bf16, usize::MAX).unwrap();
     let rounded = Decoder::load(first.path(), &Device::flex()).unwrap();

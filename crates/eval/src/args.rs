@@ -51,10 +51,10 @@ pub struct SampleArgs {
     pub max_new_tokens: usize,
     /// 0 takes the most likely token each time.
     #[arg(long, default_value_t = 0.0)]
-    pub temperature: f32,
+    pub temperature: f64,
     /// Draw from the smallest set of tokens with this probability.
     #[arg(long)]
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// Seed; each row has its own stream of it.
     #[arg(long)]
     pub seed: Option<u64>,

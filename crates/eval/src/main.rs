@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
+        eprintln!("interrupt: saving what is done; press Ctrl-C again to stop at once");
     });
     if let Err(error) = handler {
         eprintln!("warning: no Ctrl-C handling: {error}");
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(1)
+            ExitCode::from(if INTERRUPTED.load(Ordering::Relaxed) { 130 } else { 1 })
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use crate::args::{PairsArgs, Split};
 use crate::bootstrap::{Estimate, mean};
 use crate::report;
+use crate::sample::INTERRUPTED;
 use crate::score::{PairScore, score};
 
 /// TRL's default.
@@ -64,12 +66,14 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str)) -> Result<String> {
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let scored = |dir: &Path| -> Result<Vec<PairScore>> {
         let model = Decoder::load(dir, &Device::flex())?;
-        check_vocabulary(&prepared, &model, dir)?;
+        check_fit(&prepared, &model, dir)?;
         let mut done = 0;
-        Ok(score(&model, &prepared.rows, args.batch_size, |rows| {
+        let scores = score(&model, &prepared.rows, args.batch_size, |rows| {
             done += rows;
             tell(&format!("{}: {done}/{} pairs", dir.display(), prepared.rows.len()));
-        }))
+            !INTERRUPTED.load(Ordering::Relaxed)
+        });
+        scores.context("interrupted; nothing was written")
     };
     let model = scored(&args.model)?;
     let reference = args.reference.as_deref().map(scored).transpose()?;
@@ -111,12 +115,13 @@ pub fn read_template(given: &str) -> Result<String> {
     fs::read_to_string(given).with_context(|| format!("--chat-template {given}"))
 }
 
-fn check_vocabulary(prepared: &Prepared, model: &Decoder, dir: &Path) -> Result<()> {
-    let vocab = model.config().vocab;
+fn check_fit(prepared: &Prepared, model: &Decoder, dir: &Path) -> Result<()> {
     for row in &prepared.rows {
-        let ids = [&row.tokens.prompt, &row.tokens.chosen, &row.tokens.rejected];
-        if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= vocab) {
-            bail!("record {}: token id {id} is beyond the vocabulary of {} ({vocab})", row.id, dir.display());
+        let tokens = &row.tokens;
+        let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected].into_iter().flatten();
+        let length = tokens.prompt.len() + tokens.chosen.len().max(tokens.rejected.len());
+        if let Err(reason) = model.check_sequence(ids, length) {
+            bail!("{}: record {}: {reason}; a smaller --max-length cuts long rows", dir.display(), row.id);
         }
     }
     Ok(())

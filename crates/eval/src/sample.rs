@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use decoder::{Decoder, Generator, Positions, Request, Sampling, Stop, eos_ids};
-use pref_data::{JsonlAppender, Message, Tokenizer, read_jsonl, write_atomic, write_jsonl};
+use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
+use pref_data::{JsonlAppender, Message, Tokenizer, hash_file, read_jsonl, write_atomic, write_jsonl};
 use serde_json::{Value, json};
 
 use crate::args::SampleArgs;
@@ -85,32 +85,41 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Opens the file; answers made by an earlier run with the same settings are kept.
-    pub fn open(path: &Path, settings: &Value) -> Result<Self> {
+    /// Opens the file; answers made by an earlier run with the same settings to the same prompts are kept.
+    pub fn open(path: &Path, settings: &Value, prompts: &[Prompt]) -> Result<Self> {
         if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
             fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
         }
         let mut name = path.as_os_str().to_owned();
         name.push(".settings.json");
         let settings_path = PathBuf::from(name);
-        if path.exists() {
-            let earlier = fs::read_to_string(&settings_path).ok();
-            let earlier: Option<Value> = earlier.and_then(|text| serde_json::from_str(&text).ok());
-            if earlier.as_ref() != Some(settings) {
-                bail!(
-                    "{}: was made with other settings ({} tells); choose another --out or delete it",
-                    path.display(),
-                    settings_path.display()
-                );
-            }
-        } else {
-            let text = serde_json::to_string_pretty(settings)?;
-            write_atomic(&settings_path, |out| out.write_all(text.as_bytes()))?;
-        }
         let (log, _torn) = JsonlAppender::open(path)?;
         let rows = read_jsonl(path)?;
-        let id = |row: &Value| row["id"].as_str().map(str::to_owned);
-        let done = rows.into_iter().filter_map(|(_, row)| Some((id(&row)?, row))).collect();
+        let earlier = fs::read_to_string(&settings_path).ok();
+        let earlier: Option<Value> = earlier.and_then(|text| serde_json::from_str(&text).ok());
+        if !rows.is_empty() && earlier.as_ref() != Some(settings) {
+            bail!(
+                "{}: was made with another model or other settings ({} tells); choose another --out or delete it",
+                path.display(),
+                settings_path.display()
+            );
+        }
+        let text = serde_json::to_string_pretty(settings)?;
+        write_atomic(&settings_path, |out| out.write_all(text.as_bytes()))?;
+        let known: HashMap<&str, &Value> =
+            prompts.iter().map(|prompt| (prompt.id.as_str(), &prompt.row["prompt"])).collect();
+        let mut done = HashMap::new();
+        for (line, row) in rows {
+            let id = row["id"].as_str().unwrap_or_default().to_string();
+            if known.get(id.as_str()) != Some(&&row["prompt"]) {
+                bail!(
+                    "{}:{line}: the answer with id {id:?} is to a prompt that is not in the file of prompts; choose \
+                     another --out",
+                    path.display()
+                );
+            }
+            done.insert(id, row);
+        }
         Ok(Self { path: path.into(), done, log })
     }
 
@@ -168,10 +177,11 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
         requests.push(Request { index, prompt: ids, seed });
     }
     let settings = json!({
-        "model": args.model, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
-        "top_p": args.top_p, "seed": args.seed, "chat_template": args.chat_template,
+        "model": args.model, "weights": weights_hash(dir)?, "chat_template": tokenizer.template_text(),
+        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
+        "seed": args.seed,
     });
-    let mut answers = Answers::open(&args.out, &settings)?;
+    let mut answers = Answers::open(&args.out, &settings, &prompts)?;
     requests.retain(|request| !answers.has(&prompts[request.index].id));
     let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
     let batch_tokens = args.batch_tokens.unwrap_or(8192);
@@ -200,6 +210,16 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     finish(answers, &prompts)
 }
 
+/// Hash of a model directory's weights.
+fn weights_hash(dir: &Path) -> Result<String> {
+    let entries = fs::read_dir(dir).with_context(|| format!("{}: cannot list", dir.display()))?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    let hashes = files.iter().map(|path| hash_file(path)).collect::<Result<Vec<_>, _>>()?;
+    Ok(hashes.join(" "))
+}
+
 /// Ends a run: complete files are put into order.
 pub fn finish(answers: Answers, prompts: &[Prompt]) -> Result<Outcome> {
     let count = answers.len();
@@ -210,7 +230,8 @@ pub fn finish(answers: Answers, prompts: &[Prompt]) -> Result<Outcome> {
     Ok(Outcome::Done { answers: count })
 }
 
-fn sampling(args: &SampleArgs) -> Result<Sampling> {
+/// Checks the flags of sampling.
+pub fn sampling(args: &SampleArgs) -> Result<Sampling> {
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
         bail!("--temperature must be 0 or more");
     }
@@ -224,23 +245,19 @@ fn sampling(args: &SampleArgs) -> Result<Sampling> {
     if !(top_p > 0.0 && top_p <= 1.0) {
         bail!("--top-p must be above 0 and at most 1");
     }
-    Ok(Sampling { temperature: args.temperature, top_p })
+    Ok(Sampling { temperature: args.temperature as f32, top_p: top_p as f32 })
 }
 
 fn check(model: &Decoder, ids: &[u32], new: usize, id: &str) -> Result<()> {
-    let config = model.config();
     if ids.is_empty() {
         bail!("prompt {id}: has no tokens");
     }
-    if let Some(bad) = ids.iter().find(|&&token| token as usize >= config.vocab) {
-        bail!("prompt {id}: token id {bad} is beyond the model's vocabulary of {}", config.vocab);
-    }
-    if matches!(config.positions, Positions::Learned { .. }) && ids.len() + new > config.max_positions {
+    let most = model.config().max_positions;
+    if ids.len().saturating_add(new) > most {
         bail!(
-            "prompt {id}: {} tokens and {new} new ones exceed the model's {} positions; lower --max-new-tokens",
-            ids.len(),
-            config.max_positions
+            "prompt {id}: {} tokens and {new} new ones exceed the model's {most} positions; lower --max-new-tokens",
+            ids.len()
         );
     }
-    Ok(())
+    model.check_sequence(ids, ids.len() + new).map_err(|reason| anyhow::anyhow!("prompt {id}: {reason}"))
 }

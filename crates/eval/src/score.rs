@@ -12,13 +12,13 @@ pub struct PairScore {
     pub tokens: [usize; 2],
 }
 
-/// Scores rows, `batch` pairs at a time.
+/// Scores rows, `batch` pairs at a time. `progress` stops it by returning false; the result is then `None`.
 pub fn score(
     model: &Decoder,
     rows: &[PreparedRow],
     batch: usize,
-    mut progress: impl FnMut(usize),
-) -> Vec<PairScore> {
+    mut progress: impl FnMut(usize) -> bool,
+) -> Option<Vec<PairScore>> {
     let mut scores = Vec::with_capacity(rows.len());
     for rows in rows.chunks(batch.max(1)) {
         let packed = Packed::new(rows.iter().map(|row| &row.tokens));
@@ -34,9 +34,11 @@ pub fn score(
             }
         }
         scores.extend(part);
-        progress(rows.len());
+        if !progress(rows.len()) {
+            return None;
+        }
     }
-    scores
+    Some(scores)
 }
 
 fn input(packed: &Packed) -> Batch {

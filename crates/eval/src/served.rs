@@ -7,20 +7,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings, api_key};
+use pref_data::Message;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::args::SampleArgs;
-use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts};
+use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts, sampling};
 
 /// Answers prompts with a server; every reply is stored beside the output. `tell` gets `(answers, all)`.
 pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, usize)) -> Result<Outcome> {
+    sampling(args)?;
     let prompts = read_prompts(&args.prompts)?;
     let settings = json!({
         "endpoint": endpoint, "model": args.model, "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
     });
-    let mut answers = Answers::open(&args.out, &settings)?;
     let mut name = args.out.as_os_str().to_owned();
     name.push(".replies");
     let (store, _torn) = ReplyStore::open(&PathBuf::from(name))?;
@@ -35,17 +36,21 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
         },
         store,
     )?);
+    let mut answers = Answers::open(&args.out, &settings, &prompts)?;
     let mut tasks = JoinSet::new();
     for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !answers.has(&prompt.id)) {
-        let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_string();
-        let messages = prompt.messages.iter();
+        let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+        let message = |m: &Message| -> Option<ChatMessage> {
+            Some(ChatMessage { role: text(m.get("role"))?, content: text(m.get("content"))? })
+        };
+        let messages: Option<Vec<ChatMessage>> = prompt.messages.iter().map(message).collect();
+        let messages = messages
+            .with_context(|| format!("prompt {}: a message without role and text content", prompt.id))?;
         let request = ChatRequest {
             model: args.model.clone(),
-            messages: messages
-                .map(|m| ChatMessage { role: text(m.get("role")), content: text(m.get("content")) })
-                .collect(),
-            temperature: Some(f64::from(args.temperature)),
-            top_p: args.top_p.map(f64::from),
+            messages,
+            temperature: Some(args.temperature),
+            top_p: args.top_p,
             max_tokens: Some(u32::try_from(args.max_new_tokens).unwrap_or(u32::MAX)),
             seed: args.seed,
             sample: 0,
@@ -54,11 +59,18 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
         tasks.spawn(async move { (index, client.complete(&request).await) });
     }
     let mut first_error = None;
-    while let Some(joined) = tasks.join_next().await {
+    loop {
+        let joined = tokio::select! {
+            joined = tasks.join_next() => joined,
+            () = tokio::time::sleep(Duration::from_millis(200)) => {
+                if INTERRUPTED.load(Ordering::Relaxed) {
+                    client.close();
+                }
+                continue;
+            }
+        };
+        let Some(joined) = joined else { break };
         let (index, result) = joined.context("a task panicked; this is a bug")?;
-        if INTERRUPTED.load(Ordering::Relaxed) {
-            client.close();
-        }
         match result {
             Ok(Some(stored)) => {
                 let (reply, tokens) = (&stored.reply, stored.reply.usage().completion_tokens);

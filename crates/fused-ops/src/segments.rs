@@ -62,6 +62,22 @@ impl Segments {
         self.rows.iter().map(|range| &self.segments[range.clone()])
     }
 
+    /// True when no two segments share a query and no two rows share a key, which the kernels rely on.
+    pub fn is_disjoint(&self) -> bool {
+        let apart = |mut ranges: Vec<Range<usize>>| {
+            ranges.retain(|range| !range.is_empty());
+            ranges.sort_unstable_by_key(|range| range.start);
+            ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
+        };
+        let queries = self.segments.iter().map(|s| s.query..s.query + s.len).collect();
+        let keys = self.rows().map(|row| {
+            let ends = row.iter().map(|s| (s.own + s.len).max(s.prefix + s.prefix_len)).max().unwrap_or(0);
+            let first = |s: &Segment| if s.prefix_len > 0 { s.own.min(s.prefix) } else { s.own };
+            row.iter().map(first).min().unwrap_or(ends)..ends
+        });
+        apart(queries) && apart(keys.collect())
+    }
+
     /// One past the last query and the last key that any segment names.
     pub fn extent(&self) -> (usize, usize) {
         let queries = self.segments.iter().map(|s| s.query + s.len).max().unwrap_or(0);

@@ -206,3 +206,14 @@ fn sums_match() {
         || sums(&|v| plain::sum_into(v, &plan, 3)),
     );
 }
+
+#[test]
+#[should_panic(expected = "segments overlap")]
+fn overlapping_segments_are_refused() {
+    let mut segments = Segments::default();
+    segments.push_row(0, 4, &[3]);
+    segments.push_row(6, 2, &[]);
+    let x = random(8, 8);
+    let heads = Heads { query: 1, kv: 1, dim: 8 };
+    fused_ops::attention(x.clone(), x.clone(), x, &Arc::new(segments), heads, 1.0);
+}

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Io {
         /// The file.
         path: PathBuf,
@@ -44,7 +44,7 @@ pub enum Error {
     #[error("chat template: {0}")]
     Template(String),
     /// A record cannot be tokenized.
-    #[error("record {record}: {source}")]
+    #[error("record {record}")]
     Tokenize {
         /// Its id, or its place in the file.
         record: String,

@@ -72,9 +72,14 @@ fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
         return read_jsonl(path);
     }
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    match serde_json::from_str(&text) {
-        Ok(Value::Array(rows)) => Ok(rows.into_iter().enumerate().map(|(i, row)| (i + 1, row)).collect()),
+    if !text.trim_start().starts_with('[') {
         // A .json file of JSON Lines is common on the Hub.
-        _ => read_jsonl(path),
+        return read_jsonl(path);
     }
+    let rows: Vec<Value> = serde_json::from_str(&text).map_err(|e| Error::Record {
+        path: path.into(),
+        line: e.line(),
+        reason: format!("not valid JSON: {e}"),
+    })?;
+    Ok(rows.into_iter().enumerate().map(|(i, row)| (i + 1, row)).collect())
 }

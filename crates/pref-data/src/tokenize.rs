@@ -25,6 +25,7 @@ pub enum TokenizerSource {
 pub struct Tokenizer {
     inner: Inner,
     template: ChatTemplate,
+    template_text: String,
     template_source: TokenizerSource,
     eos: Option<String>,
 }
@@ -66,12 +67,18 @@ impl Tokenizer {
             },
         };
         let eos = special.get("eos_token").and_then(Value::as_str).map(str::to_owned);
-        Ok(Self { inner, template: ChatTemplate::new(&source, special)?, template_source, eos })
+        let template = ChatTemplate::new(&source, special)?;
+        Ok(Self { inner, template, template_text: source, template_source, eos })
     }
 
     /// Where the chat template came from.
     pub fn template_source(&self) -> TokenizerSource {
         self.template_source
+    }
+
+    /// Text of the chat template.
+    pub fn template_text(&self) -> &str {
+        &self.template_text
     }
 
     /// Id of the end-of-sequence token, if it has one.

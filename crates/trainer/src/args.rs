@@ -79,9 +79,9 @@ pub struct Args {
     /// Micro-batches of an optimizer step.
     #[arg(long, default_value_t = 1)]
     pub gradient_accumulation_steps: usize,
-    /// Pairs of an evaluation batch.
-    #[arg(long, default_value_t = 8)]
-    pub per_device_eval_batch_size: usize,
+    /// Pairs of an evaluation batch [default: 8].
+    #[arg(long)]
+    pub per_device_eval_batch_size: Option<usize>,
     /// Longest sequence in tokens; longer ones are cut, and rows whose prompt alone reaches it dropped.
     #[arg(long, default_value_t = 1024)]
     pub max_length: usize,

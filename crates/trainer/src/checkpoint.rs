@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::{Device, Tensor, TensorData};
-use decoder::{Decoder, SaveDtype, copy_companions, write_config};
+use decoder::{Companions, Decoder, SaveDtype};
 use fused_ops::Moments;
 use pref_data::write_atomic;
 use safetensors::SafeTensors;
@@ -36,40 +36,59 @@ pub struct State {
 }
 
 /// What a resumed run must have in common with the one that wrote the checkpoint.
-pub fn fingerprint(settings: &Settings, total_steps: usize, data_hash: &str) -> HashMap<String, String> {
+pub fn fingerprint(
+    settings: &Settings,
+    total_steps: usize,
+    model_hash: &str,
+    data_hash: &str,
+) -> HashMap<String, String> {
     let entries = [
         ("loss-type", settings.loss_type.clone()),
         ("beta", settings.beta.to_string()),
         ("learning-rate", settings.learning_rate.to_string()),
         ("lr-scheduler-type", settings.lr_scheduler_type.clone()),
+        ("warmup-steps", settings.warmup_steps.to_string()),
+        ("weight-decay", settings.weight_decay.to_string()),
+        ("max-grad-norm", settings.max_grad_norm.to_string()),
+        ("adam-beta1", settings.adam_beta1.to_string()),
+        ("adam-beta2", settings.adam_beta2.to_string()),
+        ("adam-epsilon", settings.adam_epsilon.to_string()),
         ("per-device-train-batch-size", settings.train_batch.to_string()),
         ("gradient-accumulation-steps", settings.accumulation.to_string()),
         ("seed", settings.seed.to_string()),
         ("train-sampling-strategy", if settings.shuffle { "random" } else { "sequential" }.into()),
-        ("total steps", total_steps.to_string()),
+        ("number of steps", total_steps.to_string()),
+        ("reference model", model_hash.to_string()),
         ("training data", data_hash.to_string()),
     ];
     entries.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
 }
 
-/// Writes the model in Hugging Face layout, in 32-bit floats.
-pub fn write_model(model: &Decoder, source: &Path, dir: &Path) -> Result<()> {
-    copy_companions(source, dir)?;
-    write_config(source, dir, SaveDtype::F32)?;
+/// Writes the model in Hugging Face layout, in 32-bit floats; the weights first.
+pub fn write_model(model: &Decoder, companions: &Companions, dir: &Path) -> Result<()> {
     model.save(dir, SaveDtype::F32, MAX_SHARD)?;
+    companions.write(dir, SaveDtype::F32)?;
     Ok(())
 }
 
-/// Writes `checkpoint-<step>` and deletes older ones beyond the limit.
-pub fn write(settings: &Settings, model: &Decoder, optimizer: &Optimizer, state: &State) -> Result<PathBuf> {
+/// Writes `checkpoint-<step>` and deletes older ones beyond the limit. `resumable` adds optimizer and
+/// position.
+pub fn write(
+    settings: &Settings,
+    model: &Decoder,
+    companions: &Companions,
+    optimizer: &Optimizer,
+    state: &State,
+    resumable: bool,
+) -> Result<PathBuf> {
     let root = &settings.output_dir;
     let target = root.join(format!("checkpoint-{}", state.step));
     let temporary = root.join(format!(".checkpoint-{}.tmp", state.step));
     let context = || format!("{}: cannot write the checkpoint", target.display());
     remove(&temporary).with_context(context)?;
     fs::create_dir_all(&temporary).with_context(context)?;
-    write_model(model, &settings.model, &temporary)?;
-    if !settings.save_only_model {
+    write_model(model, companions, &temporary)?;
+    if resumable {
         write_optimizer(&temporary.join(OPTIMIZER), model, optimizer)?;
         let text = serde_json::to_string_pretty(state).context("the state serialises")?;
         write_atomic(&temporary.join(STATE), |out| out.write_all(text.as_bytes()))?;
@@ -141,17 +160,18 @@ pub fn read_optimizer(dir: &Path, model: &Decoder, device: &Device) -> Result<Op
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{}: broken", path.display()))?;
     let mut optimizer = Optimizer::new(model.weights().len());
     for (index, weight) in model.weights().iter().enumerate() {
-        let read = |moment: &str| -> Option<Tensor<2>> {
-            let view = tensors.tensor(&format!("{moment}.{}", weight.name)).ok()?;
+        let read = |moment: &str| -> Result<Tensor<2>> {
+            let name = format!("{moment}.{}", weight.name);
+            let view = tensors.tensor(&name).with_context(|| format!("{}: no {name}", path.display()))?;
             let values: Vec<f32> =
                 view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
             let dims = weight.tensor.dims();
-            (values.len() == dims[0] * dims[1])
-                .then(|| Tensor::from_data(TensorData::new(values, dims), device))
+            if values.len() != dims[0] * dims[1] {
+                bail!("{}: {name} has {} values, expected {dims:?}", path.display(), values.len());
+            }
+            Ok(Tensor::from_data(TensorData::new(values, dims), device))
         };
-        if let (Some(first), Some(second)) = (read("first"), read("second")) {
-            optimizer.restore(index, Moments { first, second });
-        }
+        optimizer.restore(index, Moments { first: read("first")?, second: read("second")? });
     }
     Ok(optimizer)
 }

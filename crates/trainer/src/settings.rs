@@ -102,7 +102,8 @@ impl Settings {
             Strategy::Epoch => Every::Epoch,
         };
         let max_steps = usize::try_from(args.max_steps).ok().filter(|&steps| steps > 0);
-        if max_steps.is_none() && args.num_train_epochs <= 0.0 {
+        let epochs = args.num_train_epochs;
+        if max_steps.is_none() && !(epochs.is_finite() && epochs > 0.0) {
             return Err("give --num-train-epochs or --max-steps above 0".into());
         }
         let resume = match args.resume_from_checkpoint.as_deref() {
@@ -133,7 +134,7 @@ impl Settings {
             max_steps,
             train_batch: positive("per-device-train-batch-size", args.per_device_train_batch_size)?,
             accumulation: positive("gradient-accumulation-steps", args.gradient_accumulation_steps)?,
-            eval_batch: positive("per-device-eval-batch-size", args.per_device_eval_batch_size)?,
+            eval_batch: positive("per-device-eval-batch-size", args.per_device_eval_batch_size.unwrap_or(8))?,
             max_length: positive("max-length", args.max_length)?,
             seed: args.seed,
             shuffle: args.train_sampling_strategy == Sampling::Random,
@@ -186,8 +187,8 @@ fn refuse_what_has_no_effect(args: &Args) -> Result<(), String> {
             "--overwrite-output-dir and --resume-from-checkpoint contradict each other",
         ),
         (
-            args.save_only_model && args.resume_from_checkpoint.is_some(),
-            "--save-only-model writes checkpoints that --resume-from-checkpoint cannot use; leave one out",
+            args.eval_strategy == Strategy::No && args.per_device_eval_batch_size.is_some(),
+            "--per-device-eval-batch-size has no effect without --eval-strategy",
         ),
     ];
     rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, reason)| Err(reason.into()))

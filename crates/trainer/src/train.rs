@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use decoder::{Decoder, Positions};
-use pref_data::{Prepared, PreparedRow, Tokenizer};
+use decoder::{Companions, Decoder};
+use pref_data::{Prepared, PreparedRow, Tokenizer, TokenizerSource};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, State};
@@ -44,18 +44,22 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         inspect::print(&mut std::io::stdout().lock(), &tokenizer, &data.train.rows, n)?;
         return Ok(Outcome::Done);
     }
-    let resume = open_output(settings)?;
+    let resume = check_output(settings)?;
     let plan = Plan::new(settings, data.train.rows.len());
     let model_hash = reference::model_hash(settings.reference.as_ref().unwrap_or(&settings.model))?;
     let data_hash = reference::data_hash(&data.train.rows);
-    let fingerprint = checkpoint::fingerprint(settings, plan.total, &data_hash);
+    let fingerprint = checkpoint::fingerprint(settings, plan.total, &model_hash, &data_hash);
     let state = match &resume {
         Some(dir) => checkpoint::read_state(dir, &fingerprint)?,
         None => State { fingerprint, ..State::default() },
     };
 
     let model = Decoder::load(&settings.model, &device)?;
-    check_fit(&model, &data, settings)?;
+    check_fit(&model, &data)?;
+    let mut companions = Companions::read(&settings.model)?;
+    if tokenizer.template_source() != TokenizerSource::Model {
+        companions.set_chat_template(tokenizer.template_text());
+    }
     let report = preflight::data_report(&data.train, &tokenizer);
     let memory = MemoryPlan::new(model.config(), plan.most_tokens(&data.train.rows));
     for line in preflight::lines(settings, &report, &memory, plan.total) {
@@ -75,11 +79,16 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         (model, Optimizer::new(weights))
     };
     let resumed_from_step = state.step;
+    // Everything that can be wrong has been looked at: only now is an earlier run cleared away.
+    if resume.is_none() {
+        logs::clear(&settings.output_dir)?;
+    }
     let mut training = Training {
         settings,
         plan: &plan,
         data: &data,
         references: &references,
+        companions: &companions,
         model: model.tracked(),
         optimizer,
         logs: Logs::open(&settings.output_dir, state.step)?,
@@ -113,7 +122,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let started = Instant::now();
     let outcome = training.all_steps()?;
     if outcome == Outcome::Done {
-        checkpoint::write_model(&training.model, &settings.model, &settings.output_dir)?;
+        checkpoint::write_model(&training.model, &companions, &settings.output_dir)?;
     }
     info.status = if outcome == Outcome::Done { "complete" } else { "interrupted" };
     info.train_seconds = started.elapsed().as_secs_f64();
@@ -245,6 +254,7 @@ struct Training<'a> {
     plan: &'a Plan,
     data: &'a Data,
     references: &'a References,
+    companions: &'a Companions,
     model: Decoder,
     optimizer: Optimizer,
     logs: Logs,
@@ -276,7 +286,16 @@ impl Training<'_> {
                 self.evaluate(&progress)?;
             }
             if interrupted || self.plan.is_due(self.settings.save, step) {
-                let path = checkpoint::write(self.settings, &self.model, &self.optimizer, &self.state)?;
+                // A run that is interrupted must be able to go on, whatever its other checkpoints hold.
+                let resumable = interrupted || !self.settings.save_only_model;
+                let path = checkpoint::write(
+                    self.settings,
+                    &self.model,
+                    self.companions,
+                    &self.optimizer,
+                    &self.state,
+                    resumable,
+                )?;
                 if interrupted {
                     progress.finish();
                     say(&format!("interrupted after step {step}; saved {}", path.display()));
@@ -369,29 +388,36 @@ fn summary(entry: &Map<String, Value>, speed: f64) -> String {
     )
 }
 
-/// Makes the output directory ready; returns the checkpoint to go on from.
-fn open_output(settings: &Settings) -> Result<Option<PathBuf>> {
+/// Checks that the output directory can be used, and touches nothing in it; returns the checkpoint to go on
+/// from.
+fn check_output(settings: &Settings) -> Result<Option<PathBuf>> {
     let dir = &settings.output_dir;
+    let context = || format!("{}: cannot create the output directory", dir.display());
+    fs::create_dir_all(dir).with_context(context)?;
+    for source in std::iter::once(&settings.model).chain(&settings.reference) {
+        if is_inside(source, dir) {
+            bail!(
+                "{}: the model {} is inside the output directory; choose another",
+                dir.display(),
+                source.display()
+            );
+        }
+    }
     let resume = match &settings.resume {
         Resume::No => None,
         Resume::Auto => checkpoint::newest(dir)?,
         Resume::From(path) => Some(path.clone()),
     };
-    fs::create_dir_all(dir)
-        .with_context(|| format!("{}: cannot create the output directory", dir.display()))?;
-    let used = dir.join("train_log.jsonl").exists() || dir.join("config.json").exists();
-    if used && settings.resume == Resume::No {
-        if same(dir, &settings.model) {
-            bail!("{}: the output directory is the model's own; choose another", dir.display());
-        }
-        if !settings.overwrite {
-            bail!(
-                "{}: holds an earlier run; go on with --resume-from-checkpoint auto, replace it with \
-                 --overwrite-output-dir, or choose another directory",
-                dir.display()
-            );
-        }
-        logs::clear(dir)?;
+    let text = fs::read_to_string(dir.join("run.json")).unwrap_or_default();
+    let status = serde_json::from_str::<Value>(&text).map(|info| info["status"] == "complete");
+    let complete = status.unwrap_or(false) || dir.join("model.safetensors").exists();
+    let used = complete || dir.join("train_log.jsonl").exists() || dir.join("config.json").exists();
+    if resume.is_none() && !settings.overwrite && (complete || (used && settings.resume == Resume::No)) {
+        bail!(
+            "{}: holds an earlier run; go on with --resume-from-checkpoint auto if it has checkpoints, replace it \
+             with --overwrite-output-dir, or choose another directory",
+            dir.display()
+        );
     }
     let probe = dir.join(".writable.tmp");
     fs::write(&probe, b"")
@@ -400,29 +426,18 @@ fn open_output(settings: &Settings) -> Result<Option<PathBuf>> {
     Ok(resume)
 }
 
-fn same(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+fn is_inside(path: &Path, dir: &Path) -> bool {
+    matches!((path.canonicalize(), dir.canonicalize()), (Ok(path), Ok(dir)) if path.starts_with(&dir))
 }
 
-/// Tokens must be in the vocabulary, and sequences within a learned position table.
-fn check_fit(model: &Decoder, data: &Data, settings: &Settings) -> Result<()> {
-    let config = model.config();
-    let rows = data.train.rows.iter().chain(data.test.iter().flat_map(|test| &test.rows));
-    for row in rows {
+/// Every row must fit the model.
+fn check_fit(model: &Decoder, data: &Data) -> Result<()> {
+    for row in data.train.rows.iter().chain(data.test.iter().flat_map(|test| &test.rows)) {
         let tokens = &row.tokens;
-        let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected];
-        if let Some(id) = ids.into_iter().flatten().find(|&&id| id as usize >= config.vocab) {
-            bail!("record {}: token id {id} is beyond the model's vocabulary of {}", row.id, config.vocab);
-        }
+        let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected].into_iter().flatten();
         let length = tokens.prompt.len() + tokens.chosen.len().max(tokens.rejected.len());
-        if matches!(config.positions, Positions::Learned { .. }) && length > config.max_positions {
-            bail!(
-                "record {}: {length} tokens, but the model has {} positions; set --max-length {} (it is {})",
-                row.id,
-                config.max_positions,
-                config.max_positions,
-                settings.max_length
-            );
+        if let Err(reason) = model.check_sequence(ids, length) {
+            bail!("record {}: {reason}; a smaller --max-length cuts long rows", row.id);
         }
     }
     Ok(())

@@ -148,3 +148,36 @@ fn inspect_shows_tokens_with_their_mask() {
     }
     assert!(!dir.path().join("out").exists());
 }
+
+#[test]
+fn nothing_of_an_earlier_run_is_deleted_before_the_new_one_can_start() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&mut command(dir.path())).status.success());
+    let broken = dir.path().join("broken");
+    fs::create_dir(&broken).unwrap();
+    for file in fs::read_dir(fixtures().join("models/tiny-llama")).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), broken.join(file.file_name())).unwrap();
+    }
+    fs::write(broken.join("model.safetensors"), b"half").unwrap();
+    let output = run(command(dir.path()).args(["--overwrite-output-dir", "--model-name-or-path", "broken"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        dir.path().join("out/model.safetensors").exists() && dir.path().join("out/checkpoint-20").exists()
+    );
+    for model in ["out", "out/checkpoint-20"] {
+        let output = run(command(dir.path()).args(["--overwrite-output-dir", "--model-name-or-path", model]));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains("inside the output directory"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn the_trained_model_keeps_the_template_it_was_trained_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}";
+    fs::write(dir.path().join("t.jinja"), template).unwrap();
+    let output = run(command(dir.path()).args(["--chat-template", "t.jinja", "--max-steps", "1"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(fs::read_to_string(dir.path().join("out/chat_template.jinja")).unwrap(), template);
+}

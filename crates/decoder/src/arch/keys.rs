@@ -52,8 +52,9 @@ impl<'a> Keys<'a> {
     }
 
     pub fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize, Error> {
-        let read = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0);
-        self.typed(key, "a positive whole number", read)?
+        // Nothing real is larger; a wrong number must not become an allocation.
+        let read = |value: &Value| value.as_u64().map(|n| n as usize).filter(|n| (1..=1 << 24).contains(n));
+        self.typed(key, "a positive whole number of reasonable size", read)?
             .or(default)
             .ok_or_else(|| self.error(format!("the key {key} is missing")))
     }
@@ -81,10 +82,14 @@ impl<'a> Keys<'a> {
         let parameters = self.get("rope_parameters").and_then(Value::as_object);
         for scaling in [parameters, self.get("rope_scaling").and_then(Value::as_object)].into_iter().flatten()
         {
+            let is_scaling = scaling.contains_key("factor");
             let kind = scaling.get("rope_type").or(scaling.get("type")).and_then(Value::as_str);
             if kind.is_some_and(|kind| kind != "default") {
                 let kind = kind.unwrap_or_default();
                 return Err(self.error(format!("rotary scaling of type {kind:?} is not supported")));
+            }
+            if kind.is_none() && is_scaling {
+                return Err(self.error("rotary scaling without a type is not supported".into()));
             }
             let partial = scaling.get("partial_rotary_factor").and_then(Value::as_f64);
             if partial.is_some_and(|factor| factor != 1.0) {

@@ -102,6 +102,7 @@ impl FusedOps for Flex {
         let (q, k, v) = (flat(&q), flat(&k), flat(&v));
         let (queries, keys) = segments.extent();
         assert!(queries <= dims(&q)[0] && keys <= dims(&k)[0], "segments reach beyond the tensors");
+        assert!(segments.is_disjoint(), "segments overlap");
         let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scale };
         let (out, lse) = attn::forward(x, &segments);
         (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))

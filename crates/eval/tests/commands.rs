@@ -1,0 +1,130 @@
+//! The real binary on tiny models.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+}
+
+fn eval(dir: &Path, command: &str, args: &[&str]) -> Output {
+    let mut eval = Command::new(env!("CARGO_BIN_EXE_eval"));
+    eval.current_dir(dir).arg(command).arg("--model").arg(fixtures().join("models/tiny-qwen2"));
+    eval.args(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn write_prompts(dir: &Path, name: &str, texts: &[&str]) {
+    let rows: Vec<String> = texts.iter().map(|text| json!({"prompt": text}).to_string()).collect();
+    fs::write(dir.join(name), rows.join("\n")).unwrap();
+}
+
+fn rows(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn sampling_resumes_and_keeps_the_order_of_the_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path(), "p.jsonl", &["one", "two", "three", "four"]);
+    let flags = ["--prompts", "p.jsonl", "--out", "a.jsonl", "--max-new-tokens", "12"];
+    assert!(eval(dir.path(), "sample", &flags).status.success());
+    let path = dir.path().join("a.jsonl");
+    let whole = fs::read(&path).unwrap();
+    // Two answers, one of them torn: what is missing is made again, and the result is the same.
+    let lines: Vec<&[u8]> = whole.split_inclusive(|&b| b == b'\n').collect();
+    fs::write(&path, [lines[2], &lines[0][..lines[0].len() / 2]].concat()).unwrap();
+    let output = eval(dir.path(), "sample", &flags);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(fs::read(&path).unwrap(), whole);
+    let answers = rows(&path);
+    assert_eq!(
+        answers.iter().map(|row| row["id"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["0", "1", "2", "3"]
+    );
+    assert!(answers.iter().all(|row| row["completion_tokens"].as_u64().unwrap() <= 12));
+}
+
+#[test]
+fn answers_do_not_depend_on_what_runs_together() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(
+        dir.path(),
+        "p.jsonl",
+        &["one", "two words", "three", "four is longer than the others", "five"],
+    );
+    let sample = |out: &str, more: &[&str]| {
+        let flags = [&["--prompts", "p.jsonl", "--out", out, "--max-new-tokens", "20"], more].concat();
+        let output = eval(dir.path(), "sample", &flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        fs::read(dir.path().join(out)).unwrap()
+    };
+    assert_eq!(sample("alone", &["--batch-tokens", "1"]), sample("together", &["--batch-tokens", "4096"]));
+    let drawn = |out, seed, batch| {
+        sample(out, &["--temperature", "1", "--top-p", "0.9", "--seed", seed, "--batch-tokens", batch])
+    };
+    assert_eq!(drawn("t1", "1", "1"), drawn("t2", "1", "4096"));
+    assert_ne!(drawn("t3", "2", "4096"), drawn("t4", "3", "4096"));
+}
+
+#[test]
+fn answers_to_other_prompts_or_settings_are_never_mixed() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path(), "p.jsonl", &["one", "two"]);
+    write_prompts(dir.path(), "q.jsonl", &["three", "four"]);
+    let sample = |prompts, new| {
+        eval(dir.path(), "sample", &["--prompts", prompts, "--out", "a.jsonl", "--max-new-tokens", new])
+    };
+    assert!(sample("p.jsonl", "4").status.success());
+    let before = fs::read(dir.path().join("a.jsonl")).unwrap();
+    for output in [sample("q.jsonl", "4"), sample("p.jsonl", "5")] {
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains("choose another --out"), "{}", stderr(&output));
+    }
+    assert_eq!(fs::read(dir.path().join("a.jsonl")).unwrap(), before);
+    let output = sample("p.jsonl", "18446744073709551615");
+    assert!(stderr(&output).contains("positions"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_model_against_itself_has_no_rewards() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (fixtures().join("models/tiny-qwen2"), fixtures().join("data/clair_mini"));
+    let flags = ["--reference", model.to_str().unwrap(), "--dataset", data.to_str().unwrap(), "--out", "out"];
+    let output = eval(dir.path(), "pairs", &flags);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = fs::read_to_string(dir.path().join("out/score.json")).unwrap();
+    let score: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(score["pairs"], 16, "the test rows of a directory");
+    for metric in score["metrics"].as_array().unwrap() {
+        if metric["name"].as_str().unwrap().starts_with("rewards/") {
+            assert_eq!(metric["model"]["mean"], 0.0, "{metric}");
+        }
+    }
+    assert_eq!(rows(&dir.path().join("out/rows.jsonl")).len(), 16);
+    assert!(fs::read_to_string(dir.path().join("out/report.html")).unwrap().contains("margins</td>"));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("logps/chosen"));
+}
+
+#[test]
+fn scores_are_the_peers() {
+    // Step 1 of the trajectory tiny-qwen2-apo_zero: mean logps of the first four training pairs.
+    let dir = tempfile::tempdir().unwrap();
+    let text = fs::read_to_string(fixtures().join("data/clair_mini/train.jsonl")).unwrap();
+    let four: Vec<&str> = text.lines().take(4).collect();
+    fs::write(dir.path().join("four.jsonl"), four.join("\n")).unwrap();
+    let output = eval(dir.path(), "pairs", &["--dataset", "four.jsonl", "--out", "out"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let rows = rows(&dir.path().join("out/rows.jsonl"));
+    let mean = |side: &str| rows.iter().map(|row| row["logps"][side].as_f64().unwrap()).sum::<f64>() / 4.0;
+    assert!((mean("chosen") + 548.309_448).abs() < 5e-3, "{}", mean("chosen"));
+    assert!((mean("rejected") + 479.735_962).abs() < 5e-3, "{}", mean("rejected"));
+}
