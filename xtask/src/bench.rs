@@ -77,7 +77,7 @@ struct Measured {
 }
 
 fn train(options: &Options) -> Result<ExitCode> {
-    let binary = build("trainer", "trainer")?;
+    let binary = build("trainer")?;
     let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for i in 0..options.runs {

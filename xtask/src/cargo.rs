@@ -18,13 +18,14 @@ pub fn cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Builds a package in release mode and returns its binary.
-pub fn build(package: &str, binary: &str) -> Result<PathBuf> {
-    let status = cargo(&["build", "--release", "--quiet", "--package", package])
-        .status()
-        .context("cannot run cargo")?;
+/// Builds the binaries in release mode and returns the path of one.
+pub fn build(binary: &str) -> Result<PathBuf> {
+    // All of them each time: one choice of features for the dependencies they share, built once.
+    let packages = ["--package", "clair-gen", "--package", "trainer", "--package", "eval"];
+    let args = [&["build", "--release", "--quiet"], packages.as_slice()].concat();
+    let status = cargo(&args).status().context("cannot run cargo")?;
     if !status.success() {
-        bail!("building {package} failed");
+        bail!("building failed");
     }
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     Ok(target.join("release").join(format!("{binary}{}", env::consts::EXE_SUFFIX)))
@@ -32,25 +33,25 @@ pub fn build(package: &str, binary: &str) -> Result<PathBuf> {
 
 /// Builds a binary and becomes it, so that signals and exit codes are its own.
 #[cfg(unix)]
-pub fn run(package: &str, binary: &str, args: &[String]) -> Result<ExitCode> {
+pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
     use std::os::unix::process::CommandExt;
-    let path = build(package, binary)?;
+    let path = build(binary)?;
     let error = Command::new(&path).args(args).exec();
     Err(error).with_context(|| format!("cannot run {}", path.display()))
 }
 
 /// Builds and runs a binary; its exit code is ours.
 #[cfg(not(unix))]
-pub fn run(package: &str, binary: &str, args: &[String]) -> Result<ExitCode> {
-    let path = build(package, binary)?;
+pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
+    let path = build(binary)?;
     let status =
         Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Builds and runs a binary that must succeed.
-pub fn must(package: &str, binary: &str, args: &[String]) -> Result<()> {
-    let path = build(package, binary)?;
+pub fn must(binary: &str, args: &[String]) -> Result<()> {
+    let path = build(binary)?;
     let status =
         Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
     if status.success() { Ok(()) } else { bail!("{binary} {} failed ({status})", args.join(" ")) }

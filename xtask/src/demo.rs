@@ -40,11 +40,10 @@ pub fn run_demo(model: &str, out: &Path) -> Result<Value> {
     pairs("", &at("pairs"))?;
     pairs("heldout_", &at("heldout"))?;
     report(&format!("2/3 {model} is trained on them with apo_zero"));
-    must("trainer", "trainer", &train_args(model, &at("pairs"), &at("model")))?;
+    must("trainer", &train_args(model, &at("pairs"), &at("model")))?;
     report("3/3 the trained model is measured on pairs it has not seen");
     let (trained, heldout, eval) = (at("model"), at("heldout"), at("eval"));
     must(
-        "eval",
         "eval",
         &strings(&[
             "pairs",
@@ -97,7 +96,7 @@ fn verdict(score: &Value) -> String {
 
 fn pairs(prefix: &str, out: &str) -> Result<()> {
     let (input, replay) = (data(&format!("{prefix}answers.jsonl")), data(&format!("{prefix}replies.jsonl")));
-    must("clair-gen", "clair-gen", &strings(&["--input", &input, "--replay", &replay, "--out", out]))
+    must("clair-gen", &strings(&["--input", &input, "--replay", &replay, "--out", out]))
 }
 
 fn train_args(model: &str, pairs: &str, out: &str) -> Vec<String> {
@@ -160,7 +159,7 @@ pub fn train(args: &[String]) -> Result<ExitCode> {
         "with your own: cargo xtask train --model-name-or-path M --dataset-name D --loss-type apo_zero --output-dir DIR",
     );
     let all = [train_args(&data("model"), &pairs, &format!("{RUNS}/model")), args.to_vec()].concat();
-    run("trainer", "trainer", &all)
+    run("trainer", &all)
 }
 
 /// `eval` without flags: the newest run on its held-out pairs.
@@ -182,7 +181,7 @@ pub fn evaluate() -> Result<ExitCode> {
     let model = newest.display().to_string();
     report(&format!("no flags: {model} against {reference} on {dataset}, report into {out}"));
     let args = ["pairs", "--model", &model, "--reference", reference, "--dataset", &dataset, "--out", &out];
-    run("eval", "eval", &strings(&args))
+    run("eval", &strings(&args))
 }
 
 fn newest_run(dir: &Path) -> Option<PathBuf> {
@@ -211,9 +210,8 @@ pub fn make_model(args: &[String]) -> Result<ExitCode> {
     };
     let (init, trained) = (format!("{RUNS}/model-init"), format!("{RUNS}/model-sft"));
     let (config, corpus) = (data("model-config.json"), data("sft.jsonl"));
-    must("trainer", "new-model", &strings(&["--config", &config, "--corpus", &corpus, "--out", &init]))?;
+    must("new-model", &strings(&["--config", &config, "--corpus", &corpus, "--out", &init]))?;
     must(
-        "trainer",
         "trainer",
         &strings(&[
             "--model-name-or-path",

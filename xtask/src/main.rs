@@ -47,14 +47,14 @@ fn run(command: &str, rest: &[String]) -> Result<ExitCode> {
         "demo-model" => demo::make_model(rest),
         "ci" => ci::run(rest),
         "bench" => bench::run(rest),
-        "sample" => cargo::run("eval", "eval", &[&["sample".into()], rest].concat()),
+        "sample" => cargo::run("eval", &[&["sample".into()], rest].concat()),
         "generate-clair" if rest.is_empty() => demo::generate(),
-        "generate-clair" => cargo::run("clair-gen", "clair-gen", rest),
+        "generate-clair" => cargo::run("clair-gen", rest),
         "train" if demo::is_bare(rest) => demo::train(rest),
-        "train" => cargo::run("trainer", "trainer", rest),
+        "train" => cargo::run("trainer", rest),
         "eval" if rest.is_empty() => demo::evaluate(),
-        "eval" => cargo::run("eval", "eval", rest),
-        "new-model" => cargo::run("trainer", "new-model", rest),
+        "eval" => cargo::run("eval", rest),
+        "new-model" => cargo::run("new-model", rest),
         "" | "help" | "--help" | "-h" => {
             report(HELP);
             Ok(ExitCode::SUCCESS)
