@@ -28,7 +28,10 @@ async fn main() -> ExitCode {
     };
     match generate(&args, interrupted).await {
         Ok(Outcome::Done(report)) => {
-            let replies = format!("{} new replies, {} recorded or stored before", report.from_server, report.from_store);
+            let replies = format!(
+                "{} new replies, {} recorded or stored before",
+                report.from_server, report.from_store
+            );
             eprintln!(
                 "{} pairs, {} failed ({replies}) in {}",
                 report.pairs,
