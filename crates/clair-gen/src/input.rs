@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use chat_client::ChatMessage;
-use pref_data::read_jsonl;
+use pref_data::{read_jsonl, row_id};
 use serde_json::Value;
 
 /// One answer to revise.
@@ -67,10 +67,6 @@ fn parse(row: &Value, number: usize) -> Result<Answer, String> {
             columns()
         )
     })?;
-    let id = match &row["id"] {
-        Value::Null => number.to_string(),
-        Value::String(id) => id.clone(),
-        other => other.to_string(),
-    };
+    let id = row_id(row.get("id"), number);
     Ok(Answer { id, messages, response: response.into() })
 }

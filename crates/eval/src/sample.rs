@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
-use pref_data::{JsonlAppender, Message, Tokenizer, hash_file, read_jsonl, write_atomic, write_jsonl};
+use pref_data::{
+    JsonlAppender, Message, Tokenizer, hash_file, read_jsonl, row_id, write_atomic, write_jsonl,
+};
 use serde_json::{Value, json};
 
 use crate::args::SampleArgs;
@@ -63,11 +65,7 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
             };
             let messages: Vec<Message> = serde_json::from_value(messages)
                 .with_context(|| format!("{}: column \"prompt\"", place()))?;
-            let id = match &row["id"] {
-                Value::Null => number.to_string(),
-                Value::String(id) => id.clone(),
-                other => other.to_string(),
-            };
+            let id = row_id(row.get("id"), number);
             if !seen.insert(id.clone()) {
                 bail!("{}: the id {id:?} stands twice; ids must be unique", place());
             }

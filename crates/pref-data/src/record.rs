@@ -80,11 +80,7 @@ impl Record {
         if chosen.is_chat() != rejected.is_chat() {
             return Err("\"chosen\" and \"rejected\" must both be text or both message lists".into());
         }
-        let id = match column("id") {
-            Some(Value::String(id)) => id.clone(),
-            Some(id) => id.to_string(),
-            None => number.to_string(),
-        };
+        let id = row_id(row.get("id"), number);
         let prompt = column("prompt").map(|value| Text::parse(value, "prompt")).transpose()?;
         match prompt {
             Some(prompt) if prompt.is_chat() == chosen.is_chat() => Ok(Self { id, prompt, chosen, rejected }),
@@ -93,6 +89,15 @@ impl Record {
                 Ok(Self { id, prompt, chosen, rejected })
             }
         }
+    }
+}
+
+/// Id of a row: its `id` column as text, or its place from 0.
+pub fn row_id(id: Option<&Value>, number: usize) -> String {
+    match id {
+        None | Some(Value::Null) => number.to_string(),
+        Some(Value::String(id)) => id.clone(),
+        Some(other) => other.to_string(),
     }
 }
 

@@ -14,6 +14,7 @@ mod inspect;
 mod logs;
 mod metrics;
 mod optimizer;
+mod plan;
 mod preflight;
 mod reference;
 mod run_info;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use decoder::{Companions, Decoder};
-use pref_data::{Prepared, PreparedRow, Tokenizer, TokenizerSource};
+use pref_data::{Prepared, Tokenizer, TokenizerSource};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, State};
@@ -16,6 +16,7 @@ use crate::data::{self, Data, micro_batches};
 use crate::logs::{self, Logs, Progress};
 use crate::metrics::Window;
 use crate::optimizer::Optimizer;
+use crate::plan::Plan;
 use crate::preflight::{self, MemoryPlan};
 use crate::run_info::{COMMIT, RunInfo, peak_memory};
 use crate::schedule;
@@ -130,76 +131,6 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     info.peak_memory_bytes = peak_memory();
     info.write(&settings.output_dir)?;
     Ok(outcome)
-}
-
-/// Steps of the run and the rows of each.
-struct Plan {
-    rows: usize,
-    batch: usize,
-    accumulation: usize,
-    shuffle: bool,
-    seed: u64,
-    /// Micro-batches and optimizer steps of an epoch.
-    micros_per_epoch: usize,
-    steps_per_epoch: usize,
-    total: usize,
-}
-
-impl Plan {
-    fn new(settings: &Settings, rows: usize) -> Self {
-        let micros_per_epoch = rows.div_ceil(settings.train_batch);
-        let steps_per_epoch = micros_per_epoch.div_ceil(settings.accumulation);
-        let by_epochs = (settings.num_train_epochs * steps_per_epoch as f64).ceil() as usize;
-        Self {
-            rows,
-            batch: settings.train_batch,
-            accumulation: settings.accumulation,
-            shuffle: settings.shuffle,
-            seed: settings.seed,
-            micros_per_epoch,
-            steps_per_epoch,
-            total: settings.max_steps.unwrap_or(by_epochs).max(1),
-        }
-    }
-
-    fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
-        micro_batches(self.rows, self.batch, self.shuffle, self.seed, epoch)
-    }
-
-    /// Micro-batches of step `step` (from 0): the last step of an epoch may have fewer. `current` keeps
-    /// the order of the epoch that the step is in.
-    fn micros(&self, step: usize, current: &mut Option<(usize, Vec<Vec<usize>>)>) -> Vec<Vec<usize>> {
-        let (epoch, first) = (step / self.steps_per_epoch, step % self.steps_per_epoch * self.accumulation);
-        if current.as_ref().is_none_or(|(held, _)| *held != epoch) {
-            *current = Some((epoch, self.epoch(epoch)));
-        }
-        let batches = current.as_ref().map_or(&[][..], |(_, batches)| batches);
-        batches.iter().skip(first).take(self.accumulation).cloned().collect()
-    }
-
-    /// Epochs done after `steps` steps, as transformers counts them.
-    fn epochs_done(&self, steps: usize) -> f64 {
-        let (whole, rest) = (steps / self.steps_per_epoch, steps % self.steps_per_epoch);
-        whole as f64 + (rest * self.accumulation) as f64 / self.micros_per_epoch as f64
-    }
-
-    fn ends_epoch(&self, steps: usize) -> bool {
-        steps.is_multiple_of(self.steps_per_epoch)
-    }
-
-    fn is_due(&self, every: Every, steps: usize) -> bool {
-        match every {
-            Every::Never => false,
-            Every::Steps(n) => steps.is_multiple_of(n),
-            Every::Epoch => self.ends_epoch(steps),
-        }
-    }
-
-    /// Packed tokens of the largest micro-batch of the first epoch.
-    fn most_tokens(&self, rows: &[PreparedRow]) -> usize {
-        let tokens = |batch: &Vec<usize>| Micro::new(batch.iter().map(|&i| &rows[i])).computed_tokens();
-        self.epoch(0).iter().map(tokens).max().unwrap_or(0)
-    }
 }
 
 /// Reference log-probabilities of both splits.
