@@ -8,6 +8,7 @@
 
 mod error;
 mod pack;
+mod python;
 mod read;
 mod record;
 mod template;
@@ -18,6 +19,6 @@ pub use error::Error;
 pub use pack::{Packed, PackedRow, Side};
 pub use read::{read_jsonl, read_records, split_files};
 pub use record::{Message, Record, Text, row_id};
-pub use template::{ChatTemplate, SIMPLE};
+pub use template::{CHATML, ChatTemplate, Extras, SIMPLE};
 pub use tokenize::{PairTokens, Prepared, PreparedRow, Tokenizer, TokenizerSource, prepare};
 pub use write::{JsonlAppender, hash_file, write_atomic, write_jsonl, write_parquet_pairs};

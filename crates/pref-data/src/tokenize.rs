@@ -67,7 +67,7 @@ impl Tokenizer {
             },
         };
         let eos = special.get("eos_token").and_then(Value::as_str).map(str::to_owned);
-        let template = ChatTemplate::new(&source, special)?;
+        let template = ChatTemplate::new(&source, special, jiff::civil::DateTime::MIN)?;
         Ok(Self { inner, template, template_text: source, template_source, eos })
     }
 
@@ -112,7 +112,7 @@ impl Tokenizer {
     }
 
     fn encode_chat(&self, messages: &[Message], generation: bool) -> Result<Vec<u32>, Error> {
-        self.encode(&self.template.render(messages, generation)?, false)
+        self.encode(&self.template.render(messages, &crate::Extras::default(), generation)?, false)
     }
 
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
