@@ -1,24 +1,41 @@
 //! Preference data from file to packed token rows, to the token as TRL prepares it.
 //!
 //! ```text
-//! file -> Record -> (chat template, tokenizer) -> PairTokens -> truncate/drop -> Packed
+//! files -> rows -> Layout -> Record -> (chat template, tokenizer) -> TokenSet -> Dataset -> Batches -> Packed
 //! ```
 //!
 //! No tensor, no network, no clock: everything here is a function of its input.
 
+mod batches;
+mod dataset;
+mod encode;
 mod error;
+mod layout;
 mod pack;
+mod prepare;
 mod python;
 mod read;
-mod record;
+mod rows;
+mod splits;
 mod template;
+mod text;
 mod tokenize;
+mod tokenizer;
+mod tokens;
 mod write;
 
+pub use batches::{Batches, Bound, Order};
+pub use dataset::{Dataset, PreparedRow, hold_out, mix};
 pub use error::Error;
+pub use layout::{Kind, Layout, ROLES, Record, Row, Unpaired, unpair};
 pub use pack::{Packed, PackedRow, Side};
-pub use read::{read_jsonl, read_records, split_files};
-pub use record::{Message, Record, Text, row_id};
+pub use prepare::{Progress, Source, Tokenized, tokenize};
+pub use read::{Splits, layout_of, read_jsonl};
+pub use rows::{Block, Text as RowText, first_rows, read_blocks};
+pub use splits::{SplitFiles, is_data_file, resolve};
 pub use template::{CHATML, ChatTemplate, Extras, SIMPLE};
-pub use tokenize::{PairTokens, Prepared, PreparedRow, Tokenizer, TokenizerSource, prepare};
+pub use text::{Message, Text, row_id};
+pub use tokenize::{PairTokens, kl_rows};
+pub use tokenizer::{TemplateSource, Tokenizer, read_chat_template};
+pub use tokens::{Lengths, TokenSet};
 pub use write::{JsonlAppender, hash_file, write_atomic, write_jsonl, write_parquet_pairs};

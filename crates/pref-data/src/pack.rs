@@ -53,6 +53,17 @@ impl Packed {
         packed
     }
 
+    /// Packs completions with labels (rows without a rejected side) in the given order.
+    pub fn unpaired<'a>(rows: impl IntoIterator<Item = &'a PairTokens>) -> Self {
+        let mut packed = Self::default();
+        for (row, tokens) in rows.into_iter().enumerate() {
+            packed.push(row as u32, tokens);
+            // There is one sequence, not two.
+            packed.num_tokens -= tokens.prompt.len();
+        }
+        packed
+    }
+
     fn push(&mut self, pair: u32, tokens: &PairTokens) {
         let prompt = tokens.prompt.len();
         let common = tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
@@ -144,6 +155,14 @@ mod tests {
         assert_eq!(packed.rows[1], PackedRow { start: 3, shared: 0, tails: [2, 1] });
         assert_eq!(packed.targets, [1, 2, 4], "3 and 5 start their sequences");
         assert_eq!(packed.predictors, [0, 0, 3]);
+    }
+
+    #[test]
+    fn an_unpaired_row_is_one_sequence() {
+        let packed = Packed::unpaired([&pair(&[1, 2], &[3, 4], &[])]);
+        assert_eq!((packed.tokens.as_slice(), packed.num_tokens), ([1, 2, 3, 4].as_slice(), 4));
+        assert_eq!(packed.rows, [PackedRow { start: 0, shared: 2, tails: [2, 0] }]);
+        assert_eq!(packed.completion_tokens(), [[2, 0]]);
     }
 
     #[test]

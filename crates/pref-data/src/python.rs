@@ -290,8 +290,7 @@ mod tests {
             r#"{"a": "\u00e9<\ud83d\ude00>", "b": [1, {"c": []}]}"#
         );
         let indented = Dumps { indent: Some(2), ..Dumps::default() };
-        let want =
-            "{\n  \"b\": [\n    1,\n    {\n      \"c\": []\n    }\n  ],\n  \"a\": \"é<\u{1f600}>\"\n}";
+        let want = "{\n  \"b\": [\n    1,\n    {\n      \"c\": []\n    }\n  ],\n  \"a\": \"é<\u{1f600}>\"\n}";
         assert_eq!(indented.run(value).unwrap(), want);
     }
 }

@@ -1,85 +1,142 @@
-//! Reading data sets: a JSON Lines or JSON file, or a directory with `train.*` and `test.*`.
+//! A data set: its splits and files, found from a path or a pattern, and small files read whole.
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::{Error, Record};
+use crate::rows::{first_rows, read_blocks};
+use crate::splits::{self, glob, resolve};
+use crate::{Error, Layout};
 
-const EXTENSIONS: [&str; 2] = ["jsonl", "json"];
+/// Rows looked at to find the layout.
+const LOOKED_AT: usize = 64;
 
-/// The files of a data set: training rows, and test rows where a directory has them.
-pub fn split_files(path: &Path) -> Result<(PathBuf, Option<PathBuf>), Error> {
-    let dataset = |reason: &str| Error::Dataset { path: path.into(), reason: reason.into() };
-    if path.is_file() {
-        return Ok((path.into(), None));
-    }
-    if !path.is_dir() {
-        return Err(dataset(
-            "no such file or directory; expected a .jsonl or .json file, or a directory with train.jsonl",
-        ));
-    }
-    let find =
-        |split: &str| EXTENSIONS.iter().map(|e| path.join(format!("{split}.{e}"))).find(|p| p.is_file());
-    // A directory that generate-clair wrote holds its rows in pairs.jsonl.
-    let train = find("train").or_else(|| find("pairs"));
-    let train =
-        train.ok_or_else(|| dataset("no train.jsonl, train.json or pairs.jsonl in this directory"))?;
-    Ok((train, find("test").or_else(|| find("validation"))))
+/// The files of a data set by split.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Splits {
+    /// What the user gave.
+    pub path: PathBuf,
+    /// Splits in order, each with its files in reading order.
+    pub splits: Vec<(String, Vec<PathBuf>)>,
 }
 
-/// All preference pairs of one file.
-pub fn read_records(path: &Path) -> Result<Vec<Record>, Error> {
-    let rows = read_rows(path)?;
-    if rows.is_empty() {
-        return Err(Error::Dataset { path: path.into(), reason: "holds no rows".into() });
-    }
-    rows.iter()
-        .enumerate()
-        .map(|(number, (line, row))| {
-            Record::parse(row, number).map_err(|reason| Error::Record {
-                path: path.into(),
-                line: *line,
-                reason,
-            })
-        })
-        .collect()
-}
-
-/// Rows of a `.jsonl` file with their line numbers; blank lines are skipped.
-pub fn read_jsonl(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    let mut rows = Vec::new();
-    for (i, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(Error::io(path))?;
-        if line.trim().is_empty() {
-            continue;
+impl Splits {
+    /// Finds the files: one file, a pattern such as `data/*.jsonl`, or a directory by its card or the names in
+    /// it ([`splits::resolve`]). `config` chooses among the configurations of a card.
+    pub fn find(path: &Path, config: Option<&str>) -> Result<Self, Error> {
+        let dataset = |reason: String| Error::Dataset { path: path.into(), reason };
+        if path.is_file() {
+            return Ok(Self { path: path.into(), splits: vec![("train".into(), vec![path.into()])] });
         }
-        let row = serde_json::from_str(&line).map_err(|e| Error::Record {
+        let text = path.to_string_lossy();
+        if !path.is_dir() && text.contains(['*', '?', '[']) {
+            let files = matching(&text).map_err(dataset)?;
+            return Ok(Self { path: path.into(), splits: vec![("train".into(), files)] });
+        }
+        if !path.is_dir() {
+            return Err(dataset(
+                "no such file or directory; expected a .jsonl, .json, .csv or .parquet file (also .gz and .zst), a \
+                 pattern, a directory with train.*, or the id of a data set on the Hub"
+                    .into(),
+            ));
+        }
+        let mut files = Vec::new();
+        walk(path, "", &mut files).map_err(Error::io(path))?;
+        let card = fs::read_to_string(path.join("README.md")).ok();
+        let found = resolve(&files, card.as_deref(), config).map_err(dataset)?;
+        let full = |files: Vec<String>| files.iter().map(|file| path.join(file)).collect();
+        Ok(Self {
             path: path.into(),
-            line: i + 1,
-            reason: format!("not valid JSON: {e}"),
-        })?;
-        rows.push((i + 1, row));
+            splits: found.into_iter().map(|(name, files)| (name, full(files))).collect(),
+        })
     }
-    Ok(rows)
+
+    /// The files of a split; the error lists those that there are.
+    pub fn split(&self, name: &str) -> Result<&[PathBuf], Error> {
+        let found = self.splits.iter().find(|(split, _)| split == name);
+        found.map(|(_, files)| files.as_slice()).ok_or_else(|| Error::Dataset {
+            path: self.path.clone(),
+            reason: format!("has no split {name:?}; there are {:?}", self.names()),
+        })
+    }
+
+    /// Names of the splits.
+    pub fn names(&self) -> Vec<&str> {
+        self.splits.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The split with held-out rows, if there is one: `test`, or else `validation`.
+    pub fn held_out(&self) -> Option<&str> {
+        ["test", "validation"].into_iter().find(|name| self.names().contains(name))
+    }
 }
 
-fn read_rows(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
-    if path.extension().is_none_or(|extension| extension != "json") {
-        return read_jsonl(path);
+/// The layout of files that hold rows of the same kind.
+pub fn layout_of(
+    files: &[PathBuf],
+    columns: &std::collections::BTreeMap<String, String>,
+) -> Result<Layout, Error> {
+    for file in files {
+        let rows = first_rows(file, LOOKED_AT)?;
+        if !rows.is_empty() {
+            return Layout::detect(&rows, columns)
+                .map_err(|reason| Error::Dataset { path: file.clone(), reason });
+        }
     }
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    if !text.trim_start().starts_with('[') {
-        // A .json file of JSON Lines is common on the Hub.
-        return read_jsonl(path);
-    }
-    let rows: Vec<Value> = serde_json::from_str(&text).map_err(|e| Error::Record {
-        path: path.into(),
-        line: e.line(),
-        reason: format!("not valid JSON: {e}"),
+    let path = files.first().cloned().unwrap_or_default();
+    Err(Error::Dataset { path, reason: "holds no rows".into() })
+}
+
+/// All rows of a small file with their line numbers.
+pub fn read_jsonl(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
+    let mut all = Vec::new();
+    read_blocks(path, None, &mut |block| {
+        for (line, row) in block.rows() {
+            let row = row.value().map_err(|reason| Error::Record { path: path.into(), line, reason })?;
+            all.push((line, row));
+        }
+        Ok(true)
     })?;
-    Ok(rows.into_iter().enumerate().map(|(i, row)| (i + 1, row)).collect())
+    Ok(all)
+}
+
+/// Files under a directory, with `/` between the parts.
+fn walk(dir: &Path, prefix: &str, files: &mut Vec<String>) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        let path = entry.path();
+        if path.is_dir() {
+            if !entry.file_name().to_string_lossy().starts_with('.') {
+                walk(&path, &format!("{name}/"), files)?;
+            }
+        } else {
+            files.push(name);
+        }
+    }
+    Ok(())
+}
+
+/// Files that a pattern matches, sorted.
+fn matching(pattern: &str) -> Result<Vec<PathBuf>, String> {
+    let fixed =
+        pattern.split('/').take_while(|part| !part.contains(['*', '?', '['])).collect::<Vec<_>>().join("/");
+    let root = match (fixed.is_empty(), pattern.starts_with('/')) {
+        (true, true) => Path::new("/"),
+        (true, false) => Path::new("."),
+        _ => Path::new(&fixed),
+    };
+    let mut files = Vec::new();
+    walk(root, "", &mut files).map_err(|e| format!("{}: {e}", root.display()))?;
+    let matcher = glob(pattern.trim_start_matches("./"))?;
+    let full = |file: &String| if fixed.is_empty() { PathBuf::from(file) } else { root.join(file) };
+    let mut found: Vec<PathBuf> = files
+        .iter()
+        .filter(|file| splits::is_data_file(file))
+        .map(full)
+        .filter(|path| matcher.is_match(path.strip_prefix("./").unwrap_or(path)))
+        .collect();
+    found.sort();
+    if found.is_empty() { Err("no data file matches this pattern".into()) } else { Ok(found) }
 }

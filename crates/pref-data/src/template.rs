@@ -248,7 +248,10 @@ mod tests {
         let shows = |source: &str, want: &str| {
             assert_eq!(one(source, user.clone()).unwrap(), want, "{source}");
         };
-        shows("{{ messages[0] | tojson }}", r#"{"role": "user", "content": " x\u001f", "n": [1.0, true, null]}"#);
+        shows(
+            "{{ messages[0] | tojson }}",
+            r#"{"role": "user", "content": " x\u001f", "n": [1.0, true, null]}"#,
+        );
         shows("{{ messages[0].n }}", "[1.0, True, None]");
         shows("{{ messages[0].content.strip() }}|{{ messages[0].content | trim }}", "x|x");
         shows("{{ strftime_now('%d %B %Y, %H:%M') }}", "04 July 2024, 12:05");
@@ -263,8 +266,7 @@ mod tests {
         let kwargs = json!({"enable_thinking": false}).as_object().unwrap().clone();
         let extras = Extras { tools: Some(json!([{"name": "f"}])), kwargs };
         let source = "{{ tools[0].name }} {{ enable_thinking }} {{ messages[0] | tojson }}";
-        let want =
-            r#"f False {"thinking": "why", "role": "user", "content": "q", "reasoning": "why", "reasoning_content": "why"}"#;
+        let want = r#"f False {"thinking": "why", "role": "user", "content": "q", "reasoning": "why", "reasoning_content": "why"}"#;
         assert_eq!(template(source).render(&chat, &extras, false).unwrap(), want);
     }
 }

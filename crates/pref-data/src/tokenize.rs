@@ -1,132 +1,46 @@
-//! Tokenization of pairs as TRL's `DPOTrainer` does it.
+//! Tokenization of rows as TRL's trainers do it.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
-use rayon::prelude::*;
-use serde_json::{Map, Value};
-use tokenizers::Tokenizer as Inner;
-
-use crate::{ChatTemplate, Error, Message, Record, SIMPLE, Text};
-
-/// Where the chat template came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TokenizerSource {
-    /// The model directory.
-    Model,
-    /// The model has none: [`SIMPLE`] is used.
-    Simple,
-    /// The user gave one.
-    Override,
-}
-
-/// A model's tokenizer with its chat template and special tokens.
-#[derive(Debug)]
-pub struct Tokenizer {
-    inner: Inner,
-    template: ChatTemplate,
-    template_text: String,
-    template_source: TokenizerSource,
-    eos: Option<String>,
-}
+use crate::encode::Words;
+use crate::{Error, Extras, Message, Record, Row, Text, Tokenizer, Unpaired};
 
 /// Token ids of one pair: the common prompt and the two completions.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PairTokens {
     /// Common start of prompt, prompt + chosen and prompt + rejected.
     pub prompt: Vec<u32>,
-    /// What follows in prompt + chosen.
+    /// What follows in prompt + chosen; of an unpaired row, the completion.
     pub chosen: Vec<u32>,
-    /// What follows in prompt + rejected.
+    /// What follows in prompt + rejected; of an unpaired row, nothing.
     pub rejected: Vec<u32>,
     /// Tokens at the end of the prompt that prompt + completion tokenizes differently.
     pub boundary: usize,
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model directory.
-    /// `chat_template` replaces the model's: `simple`, or the text of a template.
-    pub fn load(dir: &Path, chat_template: Option<&str>) -> Result<Self, Error> {
-        let path = dir.join("tokenizer.json");
-        let unusable = |path: PathBuf, reason: String| Error::Tokenizer { path, reason };
-        if !path.is_file() {
-            return Err(unusable(path, "no such file; the model directory needs a fast tokenizer".into()));
-        }
-        let mut inner = Inner::from_file(&path).map_err(|e| unusable(path.clone(), e.to_string()))?;
-        // Padding and truncation of the file would change token ids; TRL sets neither.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| unusable(path, e.to_string()))?;
-        let config = optional_json(&dir.join("tokenizer_config.json"))?;
-        let special = special_tokens(&config, &optional_json(&dir.join("special_tokens_map.json"))?);
-        let (source, template_source) = match chat_template {
-            Some("simple") => (SIMPLE.to_string(), TokenizerSource::Override),
-            Some(text) => (text.to_string(), TokenizerSource::Override),
-            None => match template_of(dir, &config)? {
-                Some(text) => (text, TokenizerSource::Model),
-                None => (SIMPLE.to_string(), TokenizerSource::Simple),
-            },
-        };
-        let eos = special.get("eos_token").and_then(Value::as_str).map(str::to_owned);
-        let template = ChatTemplate::new(&source, special, jiff::civil::DateTime::MIN)?;
-        Ok(Self { inner, template, template_text: source, template_source, eos })
-    }
-
-    /// Where the chat template came from.
-    pub fn template_source(&self) -> TokenizerSource {
-        self.template_source
-    }
-
-    /// Text of the chat template.
-    pub fn template_text(&self) -> &str {
-        &self.template_text
-    }
-
-    /// Id of the end-of-sequence token, if it has one.
-    pub fn eos_id(&self) -> Option<u32> {
-        self.eos.as_deref().and_then(|eos| self.inner.token_to_id(eos))
-    }
-
-    /// Number of ids, added tokens included.
-    pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
-    }
-
-    /// Text of token ids, without special tokens.
-    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
-        self.inner.decode(ids, true).map_err(|e| Error::Template(format!("decoding failed: {e}")))
-    }
-
-    /// Text of one token id as the vocabulary spells it.
-    pub fn token(&self, id: u32) -> String {
-        self.inner.decode(&[id], false).unwrap_or_else(|_| format!("<{id}>"))
-    }
-
-    /// Token ids of a conversation that asks for an answer.
-    pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>, Error> {
-        self.encode_chat(messages, true)
-    }
-
-    /// Token ids of plain text with the model's special tokens around it.
-    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.encode(text, true)
-    }
-
-    fn encode_chat(&self, messages: &[Message], generation: bool) -> Result<Vec<u32>, Error> {
-        self.encode(&self.template.render(messages, &crate::Extras::default(), generation)?, false)
-    }
-
-    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
-        let encoding = self.inner.encode_fast(text, special);
-        let encoding = encoding.map_err(|e| Error::Template(format!("tokenization failed: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
-    }
-
     /// Tokenizes one pair (`DPOTrainer._prepare_dataset`). Plain completions get the end-of-sequence
     /// token where it is missing. The completion starts where the prompt alone and prompt + completion
     /// diverge.
     pub fn pair(&self, record: &Record) -> Result<PairTokens, Error> {
-        let wrap = |source| Error::Tokenize { record: record.id.clone(), source: Box::new(source) };
-        let [prompt, chosen, rejected] = self.three(record).map_err(wrap)?;
+        self.pair_with(record, &mut Words::default())
+    }
+
+    /// Tokenizes one completion (`KTOTrainer._prepare_dataset`): in `chosen`, with nothing in `rejected`.
+    pub fn unpaired(&self, row: &Unpaired) -> Result<PairTokens, Error> {
+        self.unpaired_with(row, &mut Words::default())
+    }
+
+    pub(crate) fn row_with(&self, row: &Row, words: &mut Words) -> Result<PairTokens, Error> {
+        match row {
+            Row::Pair(record) => self.pair_with(record, words),
+            Row::Unpaired(row) => self.unpaired_with(row, words),
+        }
+    }
+
+    fn pair_with(&self, record: &Record, words: &mut Words) -> Result<PairTokens, Error> {
+        let completions = [&record.chosen, &record.rejected];
+        let [prompt, chosen, rejected] = self
+            .sequences(&record.prompt, completions, &record.extras, words)
+            .map_err(in_record(&record.id))?;
         let shared = common_prefix(&prompt, &chosen).min(common_prefix(&prompt, &rejected));
         Ok(PairTokens {
             boundary: prompt.len() - shared,
@@ -136,115 +50,84 @@ impl Tokenizer {
         })
     }
 
-    /// Ids of the prompt, of prompt + chosen and of prompt + rejected.
-    fn three(&self, record: &Record) -> Result<[Vec<u32>; 3], Error> {
-        match (&record.prompt, &record.chosen, &record.rejected) {
-            (Text::Chat(prompt), Text::Chat(chosen), Text::Chat(rejected)) => {
-                let with = |rest: &[Message]| self.encode_chat(&[prompt, rest].concat(), false);
-                Ok([self.encode_chat(prompt, true)?, with(chosen)?, with(rejected)?])
-            }
-            (Text::Plain(prompt), Text::Plain(chosen), Text::Plain(rejected)) => {
-                let with = |completion: &str| {
-                    let eos = self.eos.as_deref().filter(|&eos| !completion.ends_with(eos)).unwrap_or("");
-                    self.encode(&format!("{prompt}{completion}{eos}"), true)
-                };
-                Ok([self.encode(prompt, true)?, with(chosen)?, with(rejected)?])
-            }
-            _ => Err(Error::Template("prompt and completions are of different kinds".into())),
+    fn unpaired_with(&self, row: &Unpaired, words: &mut Words) -> Result<PairTokens, Error> {
+        let [prompt, both] =
+            self.sequences(&row.prompt, [&row.completion], &row.extras, words).map_err(in_record(&row.id))?;
+        let shared = common_prefix(&prompt, &both);
+        Ok(PairTokens {
+            boundary: prompt.len() - shared,
+            prompt: prompt[..shared].to_vec(),
+            chosen: both[shared..].to_vec(),
+            rejected: Vec::new(),
+        })
+    }
+
+    /// Ids of the prompt, and of the prompt with each completion.
+    fn sequences<const N: usize, const M: usize>(
+        &self,
+        prompt: &Text,
+        completions: [&Text; N],
+        extras: &Extras,
+        words: &mut Words,
+    ) -> Result<[Vec<u32>; M], Error> {
+        let mut all: [Vec<u32>; M] = std::array::from_fn(|_| Vec::new());
+        for (i, ids) in all.iter_mut().enumerate() {
+            // The prompt alone asks for an answer; with a completion there is nothing to ask for.
+            *ids = match (prompt, i.checked_sub(1).map(|i| completions[i])) {
+                (Text::Chat(prompt), None) => self.chat(prompt, extras, true, words)?,
+                (Text::Chat(prompt), Some(Text::Chat(rest))) => {
+                    self.chat(&[prompt.as_slice(), rest].concat(), extras, false, words)?
+                }
+                (Text::Plain(prompt), None) => self.encode(prompt, true, words)?,
+                (Text::Plain(prompt), Some(Text::Plain(completion))) => {
+                    let eos = self.eos().filter(|&eos| !completion.ends_with(eos)).unwrap_or("");
+                    self.encode(&format!("{prompt}{completion}{eos}"), true, words)?
+                }
+                _ => return Err(Error::Template("prompt and completions are of different kinds".into())),
+            };
         }
+        Ok(all)
+    }
+
+    fn chat(
+        &self,
+        messages: &[Message],
+        extras: &Extras,
+        generation: bool,
+        words: &mut Words,
+    ) -> Result<Vec<u32>, Error> {
+        self.encode(&self.render(messages, extras, generation)?, false, words)
     }
 }
 
-/// A pair ready for packing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PreparedRow {
-    /// The record's id.
-    pub id: String,
-    /// Its place in the data set, from 0.
-    pub row: usize,
-    /// Its tokens, truncated.
-    pub tokens: PairTokens,
-}
-
-/// Pairs ready for packing, and what happened on the way.
-#[derive(Debug, Clone, Default)]
-pub struct Prepared {
-    /// Rows kept, in order.
-    pub rows: Vec<PreparedRow>,
-    /// Ids of rows whose prompt alone reaches the maximum length.
-    pub dropped: Vec<String>,
-    /// Rows of which a completion was cut.
-    pub truncated: usize,
-    /// Rows whose prompt does not tokenize as the start of prompt + completion.
-    pub boundary: usize,
-}
-
-/// Tokenizes pairs on all cores, drops those whose prompt reaches `max_length`, and cuts the others at
-/// the end (TRL's `keep_start`).
-pub fn prepare(
-    tokenizer: &Tokenizer,
-    records: &[Record],
-    max_length: Option<usize>,
-) -> Result<Prepared, Error> {
-    let all: Vec<PairTokens> =
-        records.par_iter().map(|record| tokenizer.pair(record)).collect::<Result<_, _>>()?;
-    let mut prepared = Prepared::default();
-    let max = max_length.unwrap_or(usize::MAX);
-    for (row, (record, mut tokens)) in records.iter().zip(all).enumerate() {
-        prepared.boundary += usize::from(tokens.boundary > 0);
-        if tokens.prompt.len() >= max {
-            prepared.dropped.push(record.id.clone());
-            continue;
-        }
-        let room = max - tokens.prompt.len();
-        prepared.truncated += usize::from(tokens.chosen.len().max(tokens.rejected.len()) > room);
-        tokens.chosen.truncate(room);
-        tokens.rejected.truncate(room);
-        prepared.rows.push(PreparedRow { id: record.id.clone(), row, tokens });
-    }
-    Ok(prepared)
-}
-
-fn common_prefix(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-fn optional_json(path: &Path) -> Result<Value, Error> {
-    if !path.is_file() {
-        return Ok(Value::Null);
-    }
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    let invalid = |e: serde_json::Error| Error::Tokenizer { path: path.into(), reason: e.to_string() };
-    serde_json::from_str(&text).map_err(invalid)
-}
-
-/// The special tokens as text, from `tokenizer_config.json` or else `special_tokens_map.json`.
-fn special_tokens(config: &Value, map: &Value) -> Map<String, Value> {
-    let names = ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
-    let text = |value: &Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
-    names
-        .into_iter()
-        .filter_map(|name| {
-            let text = text(&config[name]).or_else(|| text(&map[name]))?;
-            Some((name.to_string(), Value::String(text)))
+/// KTO's mismatched completions: in consecutive batches of `batch` rows each row takes the completion of the
+/// one before it, the first that of the last (`KTOTrainer`'s KL rows). Returns the row each one takes it from.
+pub fn kl_rows(rows: usize, batch: usize) -> Vec<usize> {
+    let starts = (0..rows).step_by(batch.max(1));
+    starts
+        .flat_map(|start| {
+            let end = (start + batch).min(rows);
+            std::iter::once(end - 1).chain(start..end - 1)
         })
         .collect()
 }
 
-/// A model's template: `chat_template.jinja`, or the string or the list's `default` in
-/// `tokenizer_config.json`.
-fn template_of(dir: &Path, config: &Value) -> Result<Option<String>, Error> {
-    let file = dir.join("chat_template.jinja");
-    if file.is_file() {
-        return fs::read_to_string(&file).map(Some).map_err(Error::io(&file));
+fn in_record(id: &str) -> impl FnOnce(Error) -> Error {
+    let record = id.to_string();
+    move |source| Error::Tokenize { record, source: Box::new(source) }
+}
+
+pub(crate) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_batch_rotates_within_itself() {
+        assert_eq!(kl_rows(7, 3), [2, 0, 1, 5, 3, 4, 6]);
+        assert_eq!(kl_rows(0, 3), Vec::<usize>::new());
     }
-    Ok(match &config["chat_template"] {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(list) => list
-            .iter()
-            .find(|entry| entry["name"] == "default")
-            .and_then(|entry| entry["template"].as_str())
-            .map(str::to_owned),
-        _ => None,
-    })
 }

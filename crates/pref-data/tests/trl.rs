@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pref_data::{Packed, Tokenizer, prepare, read_records};
+use pref_data::{Dataset, Packed, PairTokens, Source, Splits, TokenSet, Tokenizer, kl_rows, tokenize};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -20,29 +20,39 @@ fn json(path: PathBuf) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
+fn tokenizer(model: &str) -> Tokenizer {
+    Tokenizer::load(&fixtures().join("models").join(model), None, jiff::civil::DateTime::MIN).unwrap()
+}
+
+/// Tokens of a split, through the cache.
+fn tokens(tokenizer: &Tokenizer, dataset: &str, split: &str, unpaired: bool) -> TokenSet {
+    let splits = Splits::find(&fixtures().join("data").join(dataset), None).unwrap();
+    let files = splits.split(split).unwrap().to_vec();
+    let cache = tempfile::tempdir().unwrap();
+    let source = Source { files, unpaired, ..Source::default() };
+    tokenize(&source, tokenizer, cache.path(), &|_| {}).unwrap().set
+}
+
 fn check(model: &str, dataset: &str, split: &str, expected: &str) {
-    let tokenizer = Tokenizer::load(&fixtures().join("models").join(model), None).unwrap();
-    let records = read_records(&fixtures().join(format!("data/{dataset}/{split}.jsonl"))).unwrap();
+    let set = tokens(&tokenizer(model), dataset, split, false);
     let expected = json(fixtures().join(format!("tokenization/{model}.{expected}.json")));
     let rows = expected["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), records.len());
-    for (record, row) in records.iter().zip(rows) {
-        let tokens = tokenizer.pair(record).unwrap();
-        assert_eq!(tokens.prompt, ids(&row["prompt_ids"]), "{model} {dataset}: prompt of {}", record.id);
-        assert_eq!(tokens.chosen, ids(&row["chosen_ids"]), "{model} {dataset}: chosen of {}", record.id);
-        assert_eq!(
-            tokens.rejected,
-            ids(&row["rejected_ids"]),
-            "{model} {dataset}: rejected of {}",
-            record.id
-        );
+    assert_eq!(rows.len(), set.len());
+    for (i, row) in rows.iter().enumerate() {
+        let PairTokens { prompt, chosen, rejected, .. } = set.tokens(i);
+        assert_eq!(prompt, ids(&row["prompt_ids"]), "{model} {dataset}: prompt of row {i}");
+        assert_eq!(chosen, ids(&row["chosen_ids"]), "{model} {dataset}: chosen of row {i}");
+        assert_eq!(rejected, ids(&row["rejected_ids"]), "{model} {dataset}: rejected of row {i}");
     }
 }
 
+const MODELS: [&str; 6] =
+    ["tiny-qwen2", "tiny-llama", "tiny-mistral", "tiny-opt", "tiny-qwen3", "tiny-gemma2"];
+
 #[test]
 fn every_layout_of_the_same_pairs_gives_trls_tokens() {
-    for model in ["tiny-qwen2", "tiny-llama", "tiny-mistral", "tiny-opt", "tiny-qwen3"] {
-        for dataset in ["clair_mini", "clair_mini_noprompt", "clair_mini_explicit"] {
+    for model in MODELS {
+        for dataset in ["clair_mini", "clair_mini_noprompt", "clair_mini_explicit", "clair_mini_parquet"] {
             for split in ["train", "test"] {
                 check(model, dataset, split, &format!("clair_mini.{split}"));
             }
@@ -66,20 +76,55 @@ fn edge_cases() {
 }
 
 #[test]
+fn completions_with_labels_and_pairs_taken_apart_give_trls_kto_rows() {
+    let tokenizer = tokenizer("tiny-qwen2");
+    for (dataset, unpaired) in [("clair_mini_kto", false), ("clair_mini_noprompt", true)] {
+        let set = tokens(&tokenizer, dataset, "train", unpaired);
+        assert!(set.is_unpaired());
+        let expected = json(fixtures().join(format!("tokenization/tiny-qwen2.kto.{dataset}.train.json")));
+        let rows = expected["rows"].as_array().unwrap();
+        let batch = expected["per_device_train_batch_size"].as_u64().unwrap() as usize;
+        assert_eq!(rows.len(), set.len());
+        for (i, other) in kl_rows(set.len(), batch).into_iter().enumerate() {
+            let (row, tokens) = (&rows[i], set.tokens(i));
+            assert_eq!(tokens.prompt, ids(&row["prompt_ids"]), "{dataset}: prompt of row {i}");
+            assert_eq!(tokens.chosen, ids(&row["completion_ids"]), "{dataset}: completion of row {i}");
+            assert_eq!(set.tokens(other).chosen, ids(&row["KL_completion_ids"]), "{dataset}: KL of row {i}");
+            assert_eq!(set.label(i), row["label"].as_bool().unwrap());
+        }
+    }
+}
+
+#[test]
+fn the_fast_way_is_taken_where_it_exists() {
+    for model in MODELS {
+        // Gemma's is of the SentencePiece kind.
+        assert_eq!(tokenizer(model).is_fast(), model != "tiny-gemma2", "{model}");
+    }
+}
+
+#[test]
 fn long_rows_are_dropped_and_cut_as_the_collator_does() {
-    let tokenizer = Tokenizer::load(&fixtures().join("models/tiny-qwen2"), None).unwrap();
-    let records = read_records(&fixtures().join("data/clair_mini/train.jsonl")).unwrap();
+    let tokenizer = tokenizer("tiny-qwen2");
     for max_length in [24, 48] {
         let expected = json(fixtures().join(format!("tokenization/tiny-qwen2.max_length_{max_length}.json")));
-        let prepared = prepare(&tokenizer, &records, Some(max_length)).unwrap();
-        let kept: Vec<u32> = prepared.rows.iter().map(|row| row.row as u32).collect();
+        let set = tokens(&tokenizer, "clair_mini", "train", false);
+        let all = set.len();
+        let dataset = Dataset::whole(set, Some(max_length));
+        let kept: Vec<u32> = dataset.iter().map(|row| row.row as u32).collect();
         assert_eq!(kept, ids(&expected["kept_rows"]));
-        assert_eq!(prepared.dropped.len() + kept.len(), records.len());
+        assert_eq!(dataset.dropped + kept.len(), all);
         let batch = &expected["first_batch"];
         for i in 0..8 {
             let mask = ids(&batch["attention_mask"][i]);
             let real = mask.iter().filter(|&&m| m == 1).count();
-            let tokens = &prepared.rows[i % 4].tokens;
+            let tokens = dataset.row(i % 4).tokens;
+            let lengths = dataset.lengths(i % 4);
+            assert_eq!(
+                [tokens.prompt.len(), tokens.chosen.len(), tokens.rejected.len()],
+                [lengths.prompt, lengths.chosen, lengths.rejected]
+            );
+            assert_eq!(Packed::new([&tokens]).tokens.len(), lengths.packed());
             let completion = if i < 4 { &tokens.chosen } else { &tokens.rejected };
             let sequence = [tokens.prompt.as_slice(), completion].concat();
             assert_eq!(sequence, ids(&batch["input_ids"][i])[..real]);
@@ -91,10 +136,9 @@ fn long_rows_are_dropped_and_cut_as_the_collator_does() {
 
 #[test]
 fn packing_counts_the_tokens_a_padded_batch_would() {
-    let tokenizer = Tokenizer::load(&fixtures().join("models/tiny-qwen2"), None).unwrap();
-    let records = read_records(&fixtures().join("data/clair_mini/train.jsonl")).unwrap();
-    let prepared = prepare(&tokenizer, &records, None).unwrap();
-    let packed = Packed::new(prepared.rows[..4].iter().map(|row| &row.tokens));
+    let dataset = Dataset::whole(tokens(&tokenizer("tiny-qwen2"), "clair_mini", "train", false), None);
+    let rows: Vec<PairTokens> = (0..4).map(|i| dataset.row(i).tokens).collect();
+    let packed = Packed::new(&rows);
     // num_tokens of step 1 of every trajectory.
     assert_eq!(packed.num_tokens, 724);
     let shared: usize = packed.rows.iter().map(|row| row.shared).sum();
