@@ -4,7 +4,6 @@
 //! `run::generate` is the whole story; read it first.
 
 pub mod args;
-pub mod contrast;
 pub mod input;
 pub mod output;
 pub mod parse;

@@ -6,15 +6,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use chat_client::Usage;
 use minijinja::{Environment, context, value::Serde};
-use pref_data::write_atomic;
+use pref_data::{Contrast, write_atomic};
 use serde::Serialize;
 use similar::{ChangeTag, TextDiff};
 
-use crate::contrast::{self, Contrast, measure};
 use crate::output::{Failed, Pair};
 
-/// Pairs whose contrast is measured, evenly spread: edit distance is quadratic in the length.
-const MEASURED: usize = 1000;
+/// Pairs whose contrast is measured, evenly spread.
+const MEASURED: usize = 20_000;
 
 /// Pairs shown in the HTML report.
 const SHOWN: usize = 50;
@@ -38,7 +37,7 @@ pub struct Report {
     pub latency_ms: [u64; 3],
     /// Mean contrast of the pairs measured.
     pub contrast: Contrast,
-    /// Pairs measured for it: all, or 1,000 or fewer evenly spread ones.
+    /// Pairs measured for it: all, or 20,000 or fewer evenly spread ones.
     pub contrast_pairs: usize,
 }
 
@@ -69,7 +68,7 @@ pub fn summarize(pairs: &[Pair], failed: &[Failed], from_store: usize, from_serv
     }
     let measured = pairs.iter().step_by(pairs.len().div_ceil(MEASURED).max(1));
     let contrasts: Vec<Contrast> =
-        measured.map(|pair| measure(&pair.answer.response, &pair.revision.text)).collect();
+        measured.map(|pair| Contrast::of(&pair.answer.response, &pair.revision.text)).collect();
     Report {
         pairs: pairs.len(),
         failed: failed.len(),
@@ -78,7 +77,7 @@ pub fn summarize(pairs: &[Pair], failed: &[Failed], from_store: usize, from_serv
         from_server,
         usage,
         latency_ms: [percentile(0.5), percentile(0.9), percentile(0.99)],
-        contrast: contrast::mean(&contrasts),
+        contrast: Contrast::mean(&contrasts),
         contrast_pairs: contrasts.len(),
     }
 }

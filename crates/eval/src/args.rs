@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+use hub::DataRequest;
 
 /// Sample from language models and measure them.
 #[derive(Debug, Parser)]
@@ -22,6 +23,9 @@ pub enum Command {
     /// Preference metrics of a model on held-out pairs, against a reference.
     #[command(after_help = PAIRS_EXAMPLES, args_override_self = true)]
     Pairs(PairsArgs),
+    /// How contrastive, long, repetitive and biased a preference set is, perhaps beside a second one.
+    #[command(after_help = DATA_EXAMPLES, args_override_self = true)]
+    Data(DataArgs),
 }
 
 const SAMPLE_EXAMPLES: &str = "\
@@ -34,11 +38,17 @@ const PAIRS_EXAMPLES: &str = "\
 Examples:
   eval pairs --model runs/apo --reference models/base --dataset heldout/ --out runs/apo/eval";
 
+const DATA_EXAMPLES: &str = "\
+Examples:
+  eval data --dataset pairs/ --out reports/pairs
+  eval data --dataset ContextualAI/ultrafeedback_clair_32k --against judged.parquet --out reports/both
+  eval data --dataset pairs/ --model models/SmolLM2-135M-Instruct --out reports/tokens";
+
 /// Flags of `sample`.
 #[derive(Debug, Clone, Args)]
 pub struct SampleArgs {
-    /// Model directory; with --endpoint the name of the served model.
-    #[arg(long, value_name = "DIR|NAME")]
+    /// Model directory or Hub id; with --endpoint the name of the served model.
+    #[arg(long, value_name = "DIR|ID|NAME")]
     pub model: String,
     /// Rows with `prompt` (text or messages) and optionally `id`; other columns are kept.
     #[arg(long, value_name = "FILE")]
@@ -61,9 +71,12 @@ pub struct SampleArgs {
     /// Tokens of all sequences that run together [default: 8192].
     #[arg(long, value_name = "N", conflicts_with = "endpoint")]
     pub batch_tokens: Option<usize>,
-    /// Chat template instead of the model's: `simple`, or a file.
-    #[arg(long, value_name = "simple|FILE", conflicts_with = "endpoint")]
+    /// Chat template instead of the model's: `simple`, `chatml`, or a file.
+    #[arg(long, value_name = "simple|chatml|FILE", conflicts_with = "endpoint")]
     pub chat_template: Option<String>,
+    /// The day that chat templates are told (some write it into the prompt) [default: today].
+    #[arg(long, value_name = "YYYY-MM-DD", conflicts_with = "endpoint")]
+    pub template_date: Option<jiff::civil::Date>,
     /// Base URL of an OpenAI-compatible server instead of a local model.
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
@@ -78,18 +91,21 @@ pub struct SampleArgs {
 /// Flags of `pairs`.
 #[derive(Debug, Clone, Args)]
 pub struct PairsArgs {
-    /// Model directory.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// Model directory or Hub id.
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: String,
     /// Model that rewards are taken against; without it only log-probabilities are reported.
-    #[arg(long, value_name = "DIR")]
-    pub reference: Option<PathBuf>,
-    /// Preference pairs: a file, or a directory (its test rows where it has them).
-    #[arg(long, value_name = "PATH")]
-    pub dataset: PathBuf,
-    /// Which rows of a directory.
-    #[arg(long, value_enum)]
-    pub split: Option<Split>,
+    #[arg(long, value_name = "DIR|ID")]
+    pub reference: Option<String>,
+    /// Preference pairs: a file, a pattern, a directory, or a Hub id.
+    #[arg(long, value_name = "D")]
+    pub dataset: String,
+    /// Which split [default: test, or else validation, or else train].
+    #[arg(long, value_name = "NAME")]
+    pub split: Option<String>,
+    /// How to read the data set.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Directory for score.json, rows.jsonl and report.html.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -102,16 +118,72 @@ pub struct PairsArgs {
     /// Pairs that run together.
     #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
-    /// Chat template instead of the model's: `simple`, or a file.
-    #[arg(long, value_name = "simple|FILE")]
+    /// Where tokenized data is cached.
+    #[arg(long, value_name = "DIR")]
+    pub token_cache_dir: Option<PathBuf>,
+    /// Chat template instead of the model's: `simple`, `chatml`, or a file.
+    #[arg(long, value_name = "simple|chatml|FILE")]
     pub chat_template: Option<String>,
+    /// The day that chat templates are told (some write it into the prompt) [default: today].
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub template_date: Option<jiff::civil::Date>,
 }
 
-/// Rows of a data set directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Split {
-    /// Training rows.
-    Train,
-    /// Test rows.
-    Test,
+/// Flags that say how to read a data set.
+#[derive(Debug, Clone, Args)]
+pub struct ReadingArgs {
+    /// Configuration of the data set's card.
+    #[arg(long, value_name = "NAME")]
+    pub dataset_config: Option<String>,
+    /// Revision of the data set on the Hub.
+    #[arg(long, value_name = "REV")]
+    pub dataset_revision: Option<String>,
+    /// Columns with other names than their roles, such as chosen=better; an empty name takes a column out of use.
+    #[arg(long, value_name = "ROLE=COLUMN", num_args = 1.., action = clap::ArgAction::Append)]
+    pub columns: Vec<String>,
+    /// Leave out rows that cannot be used (nulls, malformed messages) and count them, instead of stopping.
+    #[arg(long)]
+    pub skip_invalid_rows: bool,
+}
+
+impl ReadingArgs {
+    /// The request for a data set.
+    pub fn request(&self, name: &str) -> anyhow::Result<DataRequest> {
+        Ok(DataRequest {
+            name: name.into(),
+            revision: self.dataset_revision.clone(),
+            config: self.dataset_config.clone(),
+            columns: hub::columns(&self.columns).map_err(|reason| anyhow::anyhow!("--columns {reason}"))?,
+            unpaired: false,
+            skip_invalid: self.skip_invalid_rows,
+        })
+    }
+}
+
+/// Flags of `data`.
+#[derive(Debug, Clone, Args)]
+pub struct DataArgs {
+    /// Preference set: a file, a pattern, a directory, or a Hub id.
+    #[arg(long, value_name = "D")]
+    pub dataset: String,
+    /// A second set to show beside it.
+    #[arg(long, value_name = "D")]
+    pub against: Option<String>,
+    /// Only these splits [default: all].
+    #[arg(long, value_name = "NAME", num_args = 1.., action = clap::ArgAction::Append)]
+    pub split: Vec<String>,
+    /// How to read the data sets.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Measure lengths and similarity in this model's tokens (directory or Hub id) instead of words.
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// Directory for report.json and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// The time that chat templates are told.
+pub fn template_time(day: Option<jiff::civil::Date>) -> jiff::civil::DateTime {
+    day.map_or_else(|| jiff::ZonedDateTime::now().datetime(), |day| day.at(0, 0, 0, 0))
 }

@@ -1,9 +1,11 @@
-//! Samples from models and measures them: `sample` and `pairs`.
+//! Samples from models and measures them: `sample`, `pairs` and `data`.
 //!
 //! Never depends on the trainer: a model is what its directory holds.
 
 pub mod args;
 pub mod bootstrap;
+pub mod data;
+pub mod histogram;
 pub mod pairs;
 pub mod report;
 pub mod sample;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use eval::args::{Cli, Command, SampleArgs};
 use eval::sample::{INTERRUPTED, Outcome};
-use eval::{pairs, sample, served};
+use eval::{data, pairs, sample, served};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[global_allocator]
@@ -55,6 +55,12 @@ fn run(command: &Command) -> Result<ExitCode> {
         },
         Command::Pairs(args) => {
             let table = pairs::run(args, |text| eprintln!("{text}"))?;
+            writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Data(args) => {
+            let table = data::run(args, |text| eprintln!("{text}"))?;
             writeln!(std::io::stdout(), "{table}").context("stdout")?;
             eprintln!("report: {}", args.out.join("report.html").display());
             Ok(ExitCode::SUCCESS)

@@ -1,17 +1,18 @@
 //! `eval pairs`: held-out preference metrics.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use decoder::Decoder;
-use pref_data::{Prepared, Tokenizer, prepare, read_records, split_files, write_atomic, write_jsonl};
+use hub::{Hub, announce};
+use pref_data::{Dataset, Tokenizer, default_cache_dir, read_chat_template, write_atomic, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{PairsArgs, Split};
+use crate::args::{PairsArgs, template_time};
 use crate::bootstrap::{Estimate, mean};
 use crate::report;
 use crate::sample::INTERRUPTED;
@@ -23,12 +24,14 @@ const BETA: f64 = 0.1;
 /// Contents of `score.json`.
 #[derive(Debug, Serialize)]
 pub struct Score {
-    /// Model directory.
-    pub model: PathBuf,
-    /// Reference directory.
-    pub reference: Option<PathBuf>,
-    /// File of the pairs.
-    pub dataset: PathBuf,
+    /// The model as it was given.
+    pub model: String,
+    /// The reference.
+    pub reference: Option<String>,
+    /// The data set as it was given.
+    pub dataset: String,
+    /// Its split.
+    pub split: String,
     /// Factor of the rewards.
     pub beta: f64,
     /// Pairs measured.
@@ -55,41 +58,42 @@ pub struct Metric {
 }
 
 /// Runs the command; returns the table for stdout.
-pub fn run(args: &PairsArgs, tell: impl Fn(&str)) -> Result<String> {
-    let path = choose_file(&args.dataset, args.split)?;
-    let template = args.chat_template.as_deref().map(read_template).transpose()?;
-    let tokenizer = Tokenizer::load(&args.model, template.as_deref())?;
-    let prepared = prepare(&tokenizer, &read_records(&path)?, Some(args.max_length))?;
-    if prepared.rows.is_empty() {
-        bail!("{}: every prompt reaches --max-length {}; raise it", path.display(), args.max_length);
-    }
+pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
+    let hub = Hub::from_env();
+    let find = |name: &str| hub.model(name, None, &announce(&tell));
+    let model_dir = find(&args.model)?;
+    let reference_dir = args.reference.as_deref().map(find).transpose()?;
+    let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
+    let tokenizer = Tokenizer::load(&model_dir, template.as_deref(), template_time(args.template_date))?;
+    let (split, data) = load(args, &hub, &tokenizer, &tell)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let scored = |dir: &Path| -> Result<Vec<PairScore>> {
         let model = Decoder::load(dir, &Device::flex())?;
-        check_fit(&prepared, &model, dir)?;
+        check_fit(&data, &model, dir)?;
         let mut done = 0;
-        let scores = score(&model, &prepared.rows, args.batch_size, |rows| {
+        let scores = score(&model, &data, args.batch_size, |rows| {
             done += rows;
-            tell(&format!("{}: {done}/{} pairs", dir.display(), prepared.rows.len()));
+            tell(&format!("{}: {done}/{} pairs", dir.display(), data.len()));
             !INTERRUPTED.load(Ordering::Relaxed)
         });
         scores.context("interrupted; nothing was written")
     };
-    let model = scored(&args.model)?;
-    let reference = args.reference.as_deref().map(scored).transpose()?;
+    let model = scored(&model_dir)?;
+    let reference = reference_dir.as_deref().map(scored).transpose()?;
     let beta = args.beta.unwrap_or(BETA);
     let metrics = metrics(&model, reference.as_deref(), beta);
     let result = Score {
         model: args.model.clone(),
         reference: args.reference.clone(),
-        dataset: path,
+        dataset: args.dataset.clone(),
+        split,
         beta,
-        pairs: prepared.rows.len(),
-        dropped: prepared.dropped.len(),
-        truncated: prepared.truncated,
+        pairs: data.len(),
+        dropped: data.dropped,
+        truncated: data.truncated,
         metrics,
     };
-    let rows = rows(&prepared, &model, reference.as_deref(), beta);
+    let rows = rows(&data, &model, reference.as_deref(), beta);
     write_jsonl(&args.out.join("rows.jsonl"), &rows)?;
     let html = report::html(&result, &rows)?;
     write_atomic(&args.out.join("report.html"), |out| out.write_all(html.as_bytes()))?;
@@ -98,25 +102,31 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str)) -> Result<String> {
     Ok(report::table(&result))
 }
 
-fn choose_file(dataset: &Path, split: Option<Split>) -> Result<PathBuf> {
-    let (train, test) = split_files(dataset)?;
-    match (split, test) {
-        (Some(Split::Train), _) | (None, None) => Ok(train),
-        (Some(Split::Test) | None, Some(test)) => Ok(test),
-        (Some(Split::Test), None) => bail!("{}: there are no test rows (test.jsonl)", dataset.display()),
+/// The pairs of the chosen split.
+fn load(
+    args: &PairsArgs,
+    hub: &Hub,
+    tokenizer: &Tokenizer,
+    tell: &(dyn Fn(&str) + Sync),
+) -> Result<(String, Dataset)> {
+    let request = args.reading.request(&args.dataset)?;
+    let wanted = args.split.as_deref().map_or_else(|| vec!["test", "validation", "train"], |name| vec![name]);
+    let splits = request.find(hub, &wanted, tell)?;
+    let split = args.split.as_deref().or_else(|| splits.held_out()).unwrap_or("train");
+    let cache = args.token_cache_dir.clone().unwrap_or_else(|| default_cache_dir("tokens"));
+    let tokens = request.tokens(&splits, split, tokenizer, &cache, tell)?;
+    if tokens.set.is_unpaired() {
+        bail!("{}: holds completions with labels; pairs (chosen and rejected) are needed", args.dataset);
     }
+    let data = Dataset::whole(tokens.set, Some(args.max_length));
+    if data.is_empty() {
+        bail!("{}: every prompt reaches --max-length {}; raise it", args.dataset, args.max_length);
+    }
+    Ok((split.to_string(), data))
 }
 
-/// `simple`, or the text of a template file.
-pub fn read_template(given: &str) -> Result<String> {
-    if given == "simple" {
-        return Ok(given.into());
-    }
-    fs::read_to_string(given).with_context(|| format!("--chat-template {given}"))
-}
-
-fn check_fit(prepared: &Prepared, model: &Decoder, dir: &Path) -> Result<()> {
-    for row in &prepared.rows {
+fn check_fit(data: &Dataset, model: &Decoder, dir: &Path) -> Result<()> {
+    for row in data.iter() {
         let tokens = &row.tokens;
         let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected].into_iter().flatten();
         let length = tokens.prompt.len() + tokens.chosen.len().max(tokens.rejected.len());
@@ -163,8 +173,8 @@ fn metrics(model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> V
     all
 }
 
-fn rows(prepared: &Prepared, model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Value> {
-    let row = |(i, (row, score)): (usize, (&pref_data::PreparedRow, &PairScore))| {
+fn rows(data: &Dataset, model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Value> {
+    let row = |(i, (row, score)): (usize, (pref_data::PreparedRow, &PairScore))| {
         let mut value = json!({
             "id": row.id,
             "logps": {"chosen": score.logps[0], "rejected": score.logps[1]},
@@ -177,5 +187,5 @@ fn rows(prepared: &Prepared, model: &[PairScore], reference: Option<&[PairScore]
         }
         value
     };
-    prepared.rows.iter().zip(model).enumerate().map(row).collect()
+    data.iter().zip(model).enumerate().map(row).collect()
 }

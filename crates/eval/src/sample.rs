@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
+use hub::{Hub, announce};
 use pref_data::{
-    JsonlAppender, Message, Tokenizer, hash_file, read_jsonl, row_id, write_atomic, write_jsonl,
+    Extras, JsonlAppender, Message, Tokenizer, hash_file, read_chat_template, read_jsonl, row_id,
+    write_atomic, write_jsonl,
 };
 use serde_json::{Value, json};
 
-use crate::args::SampleArgs;
-use crate::pairs::read_template;
+use crate::args::{SampleArgs, template_time};
 
 /// Set by Ctrl-C.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -158,9 +159,9 @@ impl Answers {
 /// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
 pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
     let prompts = read_prompts(&args.prompts)?;
-    let dir = Path::new(&args.model);
-    let template = args.chat_template.as_deref().map(read_template).transpose()?;
-    let tokenizer = Tokenizer::load(dir, template.as_deref())?;
+    let dir = &Hub::from_env().model(&args.model, None, &announce(&|line| tell_line(line)))?;
+    let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
+    let tokenizer = Tokenizer::load(dir, template.as_deref(), template_time(args.template_date))?;
     let sampling = sampling(args)?;
     let model = Decoder::load(dir, &Device::flex())?;
     let mut eos = eos_ids(dir)?;
@@ -168,7 +169,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
         let ids = tokenizer
-            .encode_chat_prompt(&prompt.messages)
+            .encode_chat_prompt(&prompt.messages, &Extras::default())
             .with_context(|| format!("prompt {}", prompt.id))?;
         check(&model, &ids, args.max_new_tokens, &prompt.id)?;
         let seed = args.seed.unwrap_or(0).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index as u64);
@@ -206,6 +207,11 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
         return Err(error);
     }
     finish(answers, &prompts)
+}
+
+#[allow(clippy::print_stderr)]
+fn tell_line(line: &str) {
+    eprintln!("{line}");
 }
 
 /// Hash of a model directory's weights.

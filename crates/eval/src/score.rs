@@ -1,7 +1,7 @@
 //! Log-probabilities of both completions of pairs under one model.
 
 use decoder::{Batch, Decoder};
-use pref_data::{Packed, PreparedRow};
+use pref_data::{Dataset, Packed, PairTokens};
 
 /// Sums over one pair's completions.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -15,13 +15,15 @@ pub struct PairScore {
 /// Scores rows, `batch` pairs at a time. `progress` stops it by returning false; the result is then `None`.
 pub fn score(
     model: &Decoder,
-    rows: &[PreparedRow],
+    data: &Dataset,
     batch: usize,
     mut progress: impl FnMut(usize) -> bool,
 ) -> Option<Vec<PairScore>> {
-    let mut scores = Vec::with_capacity(rows.len());
-    for rows in rows.chunks(batch.max(1)) {
-        let packed = Packed::new(rows.iter().map(|row| &row.tokens));
+    let mut scores = Vec::with_capacity(data.len());
+    let all: Vec<usize> = (0..data.len()).collect();
+    for rows in all.chunks(batch.max(1)) {
+        let rows: Vec<PairTokens> = rows.iter().map(|&i| data.row(i).tokens).collect();
+        let packed = Packed::new(&rows);
         let tokens = model.score_to_host(&input(&packed));
         let mut part = vec![PairScore::default(); rows.len()];
         for (logp, side) in tokens.logps.iter().zip(&packed.sides) {

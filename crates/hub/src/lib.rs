@@ -6,6 +6,7 @@
 //! SHA-256 checked, or not at all.
 
 mod cache;
+mod data;
 mod error;
 mod fetch;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 use pref_data::Splits;
 use serde_json::Value;
 
+pub use data::{DataRequest, announce, columns, name_and_weight};
 pub use error::Error;
 
 use cache::Folder;
@@ -229,16 +231,14 @@ impl Snapshot {
     }
 }
 
-/// `org/name` or `name`, as the Hub allows them.
+/// `org/name`, as the Hub allows them.
 fn is_id(name: &str) -> bool {
-    let parts: Vec<&str> = name.split('/').collect();
-    let word = |part: &&str| {
+    let word = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
             && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     };
-    // A name with an extension and no organisation is meant as a file.
-    (parts.len() == 2 || (parts.len() == 1 && !name.contains('.'))) && parts.iter().all(word)
+    name.split_once('/').is_some_and(|(organisation, name)| word(organisation) && word(name))
 }
 
 /// A file name from the Hub must stay inside its directory.
@@ -266,8 +266,8 @@ mod tests {
 
     #[test]
     fn ids_are_told_from_paths() {
-        assert!(is_id("ContextualAI/ultrafeedback_clair_32k") && is_id("gpt2"));
-        for path in ["./gpt2", "a/b/c", "/abs", "pairs.jsonl", "data/*.jsonl", "..", "a/../b", ""] {
+        assert!(is_id("ContextualAI/ultrafeedback_clair_32k"));
+        for path in ["gpt2", "./gpt2", "a/b/c", "/abs", "pairs.jsonl", "data/*.jsonl", "..", "a/../b", ""] {
             assert!(!is_id(path), "{path}");
         }
     }

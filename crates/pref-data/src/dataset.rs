@@ -135,6 +135,11 @@ impl Dataset {
         (0..self.len()).map(|i| self.row(i))
     }
 
+    /// Tokens that a sequence has at most.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
     /// No token id is larger.
     pub fn largest_id(&self) -> u32 {
         self.sets.iter().map(|set| set.largest_id()).max().unwrap_or(0)

@@ -6,7 +6,9 @@
 //!
 //! No tensor, no network, no clock: everything here is a function of its input.
 
+mod audit;
 mod batches;
+mod contrast;
 mod dataset;
 mod encode;
 mod error;
@@ -24,12 +26,14 @@ mod tokenizer;
 mod tokens;
 mod write;
 
+pub use audit::{Audit, audit};
 pub use batches::{Batches, Bound, Order};
+pub use contrast::{Contrast, jaccard, levenshtein};
 pub use dataset::{Dataset, PreparedRow, hold_out, mix};
 pub use error::Error;
 pub use layout::{Kind, Layout, ROLES, Record, Row, Unpaired, unpair};
 pub use pack::{Packed, PackedRow, Side};
-pub use prepare::{Progress, Source, Tokenized, tokenize};
+pub use prepare::{Progress, Source, Tokenized, default_cache_dir, tokenize};
 pub use read::{Splits, layout_of, read_jsonl};
 pub use rows::{Block, Text as RowText, first_rows, read_blocks};
 pub use splits::{SplitFiles, is_data_file, resolve};

@@ -95,6 +95,16 @@ pub fn tokenize(
     Ok(Tokenized { set, layout, data_hash, cached: false, warnings })
 }
 
+/// Where caches go: a directory of the user's cache directory.
+pub fn default_cache_dir(name: &str) -> PathBuf {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("XDG_CACHE_HOME")
+        .or_else(|| var("HOME").map(|home| home.join(".cache")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("clair-apo")
+        .join(name)
+}
+
 /// Hash of a file's bytes, remembered for as long as its size and time of change stay the same.
 fn known_hash(file: &Path, cache: &Path) -> Result<String, Error> {
     #[derive(Serialize, Deserialize)]

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use crate::data_args::DataArgs;
+
 /// Align a language model on preference pairs with anchored preference optimization.
 ///
 /// Flags are those of `trl dpo` in kebab-case; the same names with underscores work too. Weights are
@@ -13,12 +15,15 @@ use clap::{Parser, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, after_help = EXAMPLES, args_override_self = true)]
 pub struct Args {
-    /// Directory of the model to train (config.json, tokenizer.json, safetensors).
-    #[arg(long, value_name = "DIR")]
-    pub model_name_or_path: PathBuf,
-    /// Preference pairs: a .jsonl or .json file, or a directory with train.jsonl and perhaps test.jsonl.
-    #[arg(long, value_name = "PATH")]
-    pub dataset_name: PathBuf,
+    /// Model to train: a directory (config.json, tokenizer.json, safetensors), or a Hub id.
+    #[arg(long, value_name = "DIR|ID")]
+    pub model_name_or_path: String,
+    /// Revision of the model on the Hub.
+    #[arg(long, value_name = "REV")]
+    pub model_revision: Option<String>,
+    /// Which rows to use.
+    #[command(flatten)]
+    pub data: DataArgs,
     /// Where the trained model, logs and checkpoints go.
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
@@ -26,11 +31,8 @@ pub struct Args {
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
     pub overwrite_output_dir: bool,
     /// Model that the log-ratios are taken against; the initial model where not given.
-    #[arg(long, value_name = "DIR")]
-    pub ref_model_name_or_path: Option<PathBuf>,
-    /// Chat template instead of the model's: `simple`, or a file.
-    #[arg(long, value_name = "simple|FILE")]
-    pub chat_template: Option<String>,
+    #[arg(long, value_name = "DIR|ID")]
+    pub ref_model_name_or_path: Option<String>,
 
     /// Loss.
     #[arg(long, value_enum, default_value = "sigmoid")]
@@ -73,21 +75,19 @@ pub struct Args {
     /// Number of optimizer steps; overrides the epochs when positive.
     #[arg(long, default_value_t = -1, allow_negative_numbers = true)]
     pub max_steps: i64,
-    /// Pairs of a micro-batch.
-    #[arg(long, default_value_t = 8)]
-    pub per_device_train_batch_size: usize,
+    /// Pairs of a micro-batch [default: 8].
+    #[arg(long)]
+    pub per_device_train_batch_size: Option<usize>,
+    /// Instead of a number of pairs: as many as have at most this many packed tokens. Every pair of a step
+    /// then weighs the same in its loss.
+    #[arg(long, value_name = "N", conflicts_with = "per_device_train_batch_size")]
+    pub max_batch_tokens: Option<usize>,
     /// Micro-batches of an optimizer step.
     #[arg(long, default_value_t = 1)]
     pub gradient_accumulation_steps: usize,
     /// Pairs of an evaluation batch [default: 8].
     #[arg(long)]
     pub per_device_eval_batch_size: Option<usize>,
-    /// Longest sequence in tokens; longer ones are cut, and rows whose prompt alone reaches it dropped.
-    #[arg(long, default_value_t = 1024)]
-    pub max_length: usize,
-    /// Which end is kept of a sequence that is too long.
-    #[arg(long, value_enum, default_value = "keep_start")]
-    pub truncation_mode: Truncation,
     /// Seed of the order of the rows.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
@@ -196,14 +196,6 @@ pub enum Optimizer {
     AdamwTorchFused,
 }
 
-/// Truncation of long sequences.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum Truncation {
-    /// Keep the start.
-    KeepStart,
-}
-
 /// Order of training rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
@@ -212,6 +204,8 @@ pub enum Sampling {
     Random,
     /// As in the file.
     Sequential,
+    /// At random, rows of similar length together.
+    GroupByLength,
 }
 
 /// When something happens.
@@ -254,7 +248,7 @@ pub enum Report {
     None,
 }
 
-fn boolean(text: &str) -> Result<bool, String> {
+pub(crate) fn boolean(text: &str) -> Result<bool, String> {
     match text {
         "True" | "true" | "1" => Ok(true),
         "False" | "false" | "0" => Ok(false),

@@ -17,6 +17,8 @@ use crate::metrics::Window;
 use crate::optimizer::Optimizer;
 use crate::settings::Settings;
 
+/// Entry of the fingerprint.
+pub const TEMPLATE_DATE: &str = "template date";
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 /// Hugging Face's own limit.
@@ -53,15 +55,22 @@ pub fn fingerprint(
         ("adam-beta1", settings.adam_beta1.to_string()),
         ("adam-beta2", settings.adam_beta2.to_string()),
         ("adam-epsilon", settings.adam_epsilon.to_string()),
-        ("per-device-train-batch-size", settings.train_batch.to_string()),
+        ("batch", format!("{:?}", settings.bound)),
         ("gradient-accumulation-steps", settings.accumulation.to_string()),
         ("seed", settings.seed.to_string()),
-        ("train-sampling-strategy", if settings.shuffle { "random" } else { "sequential" }.into()),
+        ("train-sampling-strategy", settings.train_sampling_strategy.clone()),
         ("number of steps", total_steps.to_string()),
         ("reference model", model_hash.to_string()),
         ("training data", data_hash.to_string()),
     ];
     entries.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+}
+
+/// The day that chat templates were told in the run that wrote a checkpoint, if they asked.
+pub fn template_date(dir: &Path) -> Option<jiff::civil::Date> {
+    let text = fs::read_to_string(dir.join(STATE)).ok()?;
+    let state: State = serde_json::from_str(&text).ok()?;
+    state.fingerprint.get(TEMPLATE_DATE)?.parse().ok()
 }
 
 /// Writes the model in Hugging Face layout, in 32-bit floats; the weights first.

@@ -1,70 +1,120 @@
-//! Data sets as token rows, and the order in which training visits them.
+//! Data sets as token rows.
 
-use anyhow::{Context, Result, bail};
-use pref_data::{Prepared, Tokenizer, prepare, read_records, split_files};
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::settings::Settings;
+use anyhow::{Result, bail};
+use hub::{DataRequest, Hub};
+use pref_data::{Dataset, TokenSet, Tokenizer, default_cache_dir, hold_out, mix};
+use serde::Serialize;
 
-/// Training rows, and test rows where the data set has them.
+/// Which rows to train and to evaluate on; the fields stand for the flags of `DataArgs`.
+#[allow(missing_docs)]
+#[derive(Debug, Clone, Serialize)]
+pub struct DataSettings {
+    /// Names with their weights.
+    pub datasets: Vec<(String, Option<f64>)>,
+    pub config: Option<String>,
+    pub revision: Option<String>,
+    pub train_split: String,
+    /// `test`, or else `validation`, where not given.
+    pub test_split: Option<String>,
+    pub columns: BTreeMap<String, String>,
+    pub skip_invalid_rows: bool,
+    pub max_train_samples: Option<usize>,
+    pub shuffle_seed: Option<u64>,
+    /// Rows of the training split that are set aside for evaluation.
+    pub test_split_size: Option<f64>,
+    pub token_cache_dir: Option<PathBuf>,
+    pub max_length: usize,
+    pub seed: u64,
+}
+
+/// Training rows, and test rows where evaluation needs them.
+#[allow(missing_docs)]
 pub struct Data {
-    pub train: Prepared,
-    pub test: Option<Prepared>,
+    pub train: Dataset,
+    pub test: Option<Dataset>,
 }
 
-/// Reads and tokenizes what the settings ask for.
-pub fn load(settings: &Settings, tokenizer: &Tokenizer, need_test: bool) -> Result<Data> {
-    let (train, test) = split_files(&settings.dataset)?;
-    let tokens = |path: &std::path::Path| -> Result<Prepared> {
-        let prepared = prepare(tokenizer, &read_records(path)?, Some(settings.max_length))
-            .with_context(|| format!("{}: cannot tokenize", path.display()))?;
-        if prepared.rows.is_empty() {
-            bail!(
-                "{}: all {} rows were dropped, their prompts alone reach --max-length {}; raise it",
-                path.display(),
-                prepared.dropped.len(),
-                settings.max_length
-            );
+impl DataSettings {
+    /// Finds, tokenizes and chooses the rows.
+    pub fn load(&self, tokenizer: &Tokenizer, need_test: bool, say: &(dyn Fn(&str) + Sync)) -> Result<Data> {
+        let hub = Hub::from_env();
+        let cache = self.token_cache_dir.clone().unwrap_or_else(|| default_cache_dir("tokens"));
+        let (mut train, mut test) = (Vec::new(), Vec::new());
+        let need_test_split = need_test && self.test_split_size.is_none();
+        for (name, _) in &self.datasets {
+            let request = self.request(name);
+            let test_names =
+                self.test_split.as_deref().map_or_else(|| vec!["test", "validation"], |name| vec![name]);
+            let mut wanted = vec![self.train_split.as_str()];
+            if need_test_split {
+                wanted.extend(test_names);
+            }
+            let splits = request.find(&hub, &wanted, say)?;
+            let rows = |split: &str| -> Result<Arc<TokenSet>> {
+                let tokens = request.tokens(&splits, split, tokenizer, &cache, say)?;
+                if tokens.set.is_unpaired() {
+                    bail!(
+                        "{name}: holds completions with labels; this loss needs pairs (chosen and rejected)"
+                    );
+                }
+                Ok(Arc::new(tokens.set))
+            };
+            train.push(rows(&self.train_split)?);
+            let test_split = self.test_split.as_deref().or_else(|| splits.held_out());
+            match test_split.filter(|_| need_test_split) {
+                Some(split) => test.push(rows(split)?),
+                None if need_test_split => bail!(
+                    "{name}: --eval-strategy needs test rows, and there is no test split; add one, set rows aside with \
+                     --test-split-size, or leave the flag out"
+                ),
+                None => {}
+            }
         }
-        Ok(prepared)
-    };
-    let train = tokens(&train)?;
-    let test = match (need_test, test) {
-        (false, _) => None,
-        (true, Some(path)) => Some(tokens(&path)?),
-        (true, None) => bail!(
-            "{}: --eval-strategy needs test rows, and there is no test.jsonl; add one or leave the flag out",
-            settings.dataset.display()
-        ),
-    };
-    Ok(Data { train, test })
-}
-
-/// Micro-batches of one epoch, as row indices. The order depends on the seed and the epoch alone.
-pub fn micro_batches(rows: usize, batch: usize, shuffle: bool, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..rows).collect();
-    if shuffle {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(epoch as u64);
-        order.shuffle(&mut rng);
+        let chosen = self.choose(&train);
+        let (chosen, aside) = match self.test_split_size.filter(|_| need_test) {
+            Some(size) => hold_out(chosen, size, self.seed),
+            None => (chosen, Vec::new()),
+        };
+        let test = match (need_test, self.test_split_size) {
+            (false, _) => None,
+            (true, Some(_)) => Some(Dataset::new(train.clone(), aside, Some(self.max_length))),
+            (true, None) => {
+                let all = (0..test.iter().map(|set| set.len() as u32).sum()).collect();
+                Some(Dataset::new(test, all, Some(self.max_length)))
+            }
+        };
+        let data = Data { train: Dataset::new(train, chosen, Some(self.max_length)), test };
+        for (what, rows) in [("training", Some(&data.train)), ("test", data.test.as_ref())] {
+            if let Some(rows) = rows.filter(|rows| rows.is_empty()) {
+                bail!(
+                    "there are no {what} rows left: {} were dropped because their prompts alone reach --max-length {}; raise it",
+                    rows.dropped,
+                    self.max_length
+                );
+            }
+        }
+        Ok(data)
     }
-    order.chunks(batch).map(<[usize]>::to_vec).collect()
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    fn request(&self, name: &str) -> DataRequest {
+        DataRequest {
+            name: name.into(),
+            revision: self.revision.clone(),
+            config: self.config.clone(),
+            columns: self.columns.clone(),
+            unpaired: false,
+            skip_invalid: self.skip_invalid_rows,
+        }
+    }
 
-    #[test]
-    fn an_epoch_visits_every_row_once_and_epochs_differ() {
-        let epoch = |n| micro_batches(23, 4, true, 1, n).concat();
-        let mut sorted = epoch(0);
-        sorted.sort_unstable();
-        assert_eq!(sorted, (0..23).collect::<Vec<_>>());
-        assert_eq!(epoch(3), epoch(3));
-        assert_ne!(epoch(0), epoch(1));
-        assert_eq!(micro_batches(5, 2, false, 1, 0), [vec![0, 1], vec![2, 3], vec![4]]);
+    /// Rows of all sets in their proportions.
+    fn choose(&self, sets: &[Arc<TokenSet>]) -> Vec<u32> {
+        let sizes: Vec<usize> = sets.iter().map(|set| set.len()).collect();
+        let weights: Option<Vec<f64>> = self.datasets.iter().map(|(_, weight)| *weight).collect();
+        mix(&sizes, weights.as_deref(), self.max_train_samples, self.shuffle_seed)
     }
 }

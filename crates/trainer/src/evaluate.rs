@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use decoder::Decoder;
-use pref_data::PreparedRow;
+use pref_data::Dataset;
 use serde_json::{Map, Value};
 
 use crate::metrics::Window;
@@ -14,7 +14,7 @@ use crate::step::{Micro, RefLogps};
 /// other metric a mean over batches; the two differ only when the last batch is smaller.
 pub fn run(
     model: &Decoder,
-    rows: &[PreparedRow],
+    rows: &Dataset,
     reference: &[RefLogps],
     settings: &Settings,
     train_tokens: usize,
@@ -22,10 +22,11 @@ pub fn run(
     let started = Instant::now();
     let model = model.frozen();
     let (mut window, mut loss) = (Window::default(), 0.0);
-    for (rows, reference) in rows.chunks(settings.eval_batch).zip(reference.chunks(settings.eval_batch)) {
-        let micro = Micro::new(rows);
+    let all: Vec<u32> = (0..rows.len() as u32).collect();
+    for (batch, reference) in all.chunks(settings.eval_batch).zip(reference.chunks(settings.eval_batch)) {
+        let micro = Micro::new(rows, batch);
         let (metrics, _) = micro.run(&model, settings.loss, settings.beta, reference, None);
-        loss += metrics.loss * rows.len() as f64;
+        loss += metrics.loss * batch.len() as f64;
         window.add(&metrics);
     }
     let seconds = started.elapsed().as_secs_f64();

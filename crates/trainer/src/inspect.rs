@@ -2,10 +2,10 @@
 
 use std::io::{Result, Write};
 
-use pref_data::{PreparedRow, Tokenizer};
+use pref_data::{Dataset, Tokenizer};
 
 /// Prints the first `n` rows: each token with its id, its text, and which completion it is scored for.
-pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &[PreparedRow], n: usize) -> Result<()> {
+pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &Dataset, n: usize) -> Result<()> {
     for row in rows.iter().take(n) {
         let tokens = &row.tokens;
         let shared = tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();

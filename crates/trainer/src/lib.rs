@@ -8,7 +8,8 @@ pub mod settings;
 
 mod backend;
 mod checkpoint;
-mod data;
+pub mod data;
+pub mod data_args;
 mod evaluate;
 mod inspect;
 mod logs;

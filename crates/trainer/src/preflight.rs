@@ -1,7 +1,7 @@
 //! What is printed before the first step: data, memory, and anything suspicious.
 
 use decoder::{Config, Mlp};
-use pref_data::{Packed, Prepared, Tokenizer, TokenizerSource};
+use pref_data::{Audit, Bound, Dataset, TemplateSource, Tokenizer, audit};
 use serde::Serialize;
 
 use crate::settings::Settings;
@@ -18,6 +18,8 @@ pub struct DataReport {
     pub tokens: usize,
     pub packed_tokens: usize,
     pub simple_chat_template: bool,
+    #[serde(skip)]
+    pub audit: Audit,
 }
 
 /// Expected memory in bytes.
@@ -56,28 +58,27 @@ impl MemoryPlan {
 }
 
 /// Counts the training data.
-pub fn data_report(prepared: &Prepared, tokenizer: &Tokenizer) -> DataReport {
-    let packed = |row: &pref_data::PreparedRow| Packed::new([&row.tokens]);
-    let (mut tokens, mut packed_tokens, mut longest) = (0, 0, (0, String::new()));
-    for row in &prepared.rows {
-        let one = packed(row);
-        tokens += one.num_tokens;
-        packed_tokens += one.tokens.len();
-        let length = row.tokens.prompt.len() + row.tokens.chosen.len().max(row.tokens.rejected.len());
-        if length > longest.0 {
-            longest = (length, row.id.clone());
+pub fn data_report(rows: &Dataset, tokenizer: &Tokenizer) -> DataReport {
+    let (mut tokens, mut packed_tokens, mut longest) = (0, 0, (0, 0));
+    for i in 0..rows.len() {
+        let lengths = rows.lengths(i);
+        tokens += lengths.both(rows.is_unpaired());
+        packed_tokens += lengths.packed();
+        if lengths.longest() > longest.0 {
+            longest = (lengths.longest(), i);
         }
     }
     DataReport {
-        rows: prepared.rows.len(),
-        dropped: prepared.dropped.len(),
-        truncated: prepared.truncated,
-        boundary: prepared.boundary,
+        rows: rows.len(),
+        dropped: rows.dropped,
+        truncated: rows.truncated,
+        boundary: rows.boundary,
         longest_tokens: longest.0,
-        longest_id: longest.1,
+        longest_id: rows.id(longest.1),
         tokens,
         packed_tokens,
-        simple_chat_template: tokenizer.template_source() == TokenizerSource::Simple,
+        simple_chat_template: tokenizer.template_source() == TemplateSource::Simple,
+        audit: audit(tokenizer, rows),
     }
 }
 
@@ -89,7 +90,7 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             "data: {} pairs kept, {} dropped (prompt reaches --max-length {}), {} truncated; longest sequence {} tokens (id {})",
             data.rows,
             data.dropped,
-            settings.max_length,
+            settings.data.max_length,
             data.truncated,
             data.longest_tokens,
             data.longest_id
@@ -109,16 +110,20 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             gib(memory.total())
         ),
         format!(
-            "run: {} steps of {} x {} pairs, loss {}, beta {}, learning rate {} ({})",
+            "run: {} steps of {} x {}, loss {}, beta {}, learning rate {} ({})",
             steps,
-            settings.train_batch,
             settings.accumulation,
+            match settings.bound {
+                Bound::Rows(pairs) => format!("{pairs} pairs"),
+                Bound::Tokens(tokens) => format!("at most {tokens} packed tokens"),
+            },
             settings.loss_type,
             settings.beta,
             settings.learning_rate,
             settings.lr_scheduler_type
         ),
     ];
+    lines.extend(data.audit.lines.iter().map(|line| format!("first row, {line}")));
     if data.simple_chat_template {
         lines.push(
             "WARNING: the model has no chat template; conversations are written as \"Role: text\" (the template \
@@ -133,5 +138,6 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             data.boundary
         ));
     }
+    lines.extend(data.audit.warnings.iter().map(|warning| format!("WARNING: {warning}")));
     lines
 }

@@ -1,14 +1,13 @@
 //! Reference log-probabilities: computed once for a model and a tokenized data set, cached by their
 //! hashes.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use blake3::Hasher;
 use decoder::Decoder;
-use pref_data::{PreparedRow, write_atomic};
+use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
 use crate::step::{Micro, RefLogps};
 
@@ -29,20 +28,6 @@ pub fn model_hash(dir: &Path) -> Result<String> {
         hasher.update_mmap(&file).with_context(|| format!("{}: cannot read", file.display()))?;
     }
     Ok(hasher.finalize().to_hex().to_string())
-}
-
-/// Hash of tokenized rows.
-pub fn data_hash(rows: &[PreparedRow]) -> String {
-    let mut hasher = Hasher::new();
-    for row in rows {
-        for ids in [&row.tokens.prompt, &row.tokens.chosen, &row.tokens.rejected] {
-            hasher.update(&(ids.len() as u64).to_le_bytes());
-            ids.iter().for_each(|id| {
-                hasher.update(&id.to_le_bytes());
-            });
-        }
-    }
-    hasher.finalize().to_hex().to_string()
 }
 
 /// Reads the cache, if it holds this model and data.
@@ -71,32 +56,26 @@ pub fn write(path: &Path, values: &[RefLogps]) -> Result<()> {
 
 /// The cache file for a model and data.
 pub fn cache_path(dir: Option<&Path>, model_hash: &str, data_hash: &str) -> PathBuf {
-    let base = dir.map_or_else(default_cache, Path::to_path_buf);
+    let base = dir.map_or_else(|| default_cache_dir("reference"), Path::to_path_buf);
     let key = blake3::hash(format!("{model_hash}{data_hash}").as_bytes()).to_hex();
     base.join(format!("{}.logps", &key[..32]))
-}
-
-fn default_cache() -> PathBuf {
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("XDG_CACHE_HOME")
-        .or_else(|| var("HOME").map(|home| home.join(".cache")))
-        .unwrap_or_else(std::env::temp_dir)
-        .join("clair-apo/reference")
 }
 
 /// Computes the log-probabilities of all rows, batched as training will batch them, so that before the
 /// first step policy and reference agree to the bit.
 pub fn compute(
     model: &Decoder,
-    rows: &[PreparedRow],
-    batches: &[Vec<usize>],
+    rows: &Dataset,
+    batches: &Batches,
     mut progress: impl FnMut(usize),
 ) -> Vec<RefLogps> {
-    let mut values: HashMap<usize, RefLogps> = HashMap::with_capacity(rows.len());
-    for batch in batches {
-        let micro = Micro::new(batch.iter().map(|&i| &rows[i]));
-        values.extend(batch.iter().copied().zip(micro.logps(model)));
+    let mut values = vec![[0.0; 2]; rows.len()];
+    for batch in batches.iter() {
+        let micro = Micro::new(rows, batch);
+        for (&row, logps) in batch.iter().zip(micro.logps(model)) {
+            values[row as usize] = logps;
+        }
         progress(batch.len());
     }
-    (0..rows.len()).map(|i| values[&i]).collect()
+    values
 }

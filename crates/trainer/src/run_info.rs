@@ -27,6 +27,7 @@ pub struct RunInfo<'a> {
     pub data_hash: &'a str,
     pub data: &'a DataReport,
     pub dropped_ids: &'a [String],
+    pub template_date: Option<jiff::civil::Date>,
     pub memory_plan: MemoryPlan,
     pub reference_from_cache: bool,
     pub reference_seconds: f64,

@@ -1,10 +1,12 @@
 //! Validated settings: every rule that involves more than one flag is here.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
 use crate::args::{Args, Backend, LossType, Sampling, Scheduler, Strategy};
+use crate::data::DataSettings;
 
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -34,12 +36,14 @@ pub enum Resume {
 #[allow(missing_docs)]
 #[derive(Debug, Clone, Serialize)]
 pub struct Settings {
-    pub model: PathBuf,
-    pub reference: Option<PathBuf>,
-    pub dataset: PathBuf,
+    pub model: String,
+    pub model_revision: Option<String>,
+    pub reference: Option<String>,
+    pub data: DataSettings,
     pub output_dir: PathBuf,
     pub overwrite: bool,
     pub chat_template: Option<String>,
+    pub template_date: Option<jiff::civil::Date>,
     pub loss_type: String,
     #[serde(skip)]
     pub loss: LossType,
@@ -56,12 +60,16 @@ pub struct Settings {
     pub adam_epsilon: f64,
     pub num_train_epochs: f64,
     pub max_steps: Option<usize>,
-    pub train_batch: usize,
+    pub per_device_train_batch_size: Option<usize>,
+    pub max_batch_tokens: Option<usize>,
+    #[serde(skip)]
+    pub bound: Bound,
     pub accumulation: usize,
     pub eval_batch: usize,
-    pub max_length: usize,
     pub seed: u64,
-    pub shuffle: bool,
+    pub train_sampling_strategy: String,
+    #[serde(skip)]
+    pub order: Order,
     pub logging_steps: usize,
     pub evaluate: Every,
     pub save: Every,
@@ -111,11 +119,19 @@ impl Settings {
             Some("auto" | "True" | "true") => Resume::Auto,
             Some(path) => Resume::From(path.into()),
         };
+        let batch = positive("per-device-train-batch-size", args.per_device_train_batch_size.unwrap_or(8))?;
+        let bound = match args.max_batch_tokens {
+            Some(tokens) => Bound::Tokens(positive("max-batch-tokens", tokens)?),
+            None => Bound::Rows(batch),
+        };
+        let chat_template = args.data.chat_template.as_deref().map(read_chat_template).transpose();
         Ok(Self {
-            chat_template: args.chat_template.as_deref().map(read_template).transpose()?,
+            chat_template: chat_template.map_err(|e| format!("--chat-template: {e}"))?,
+            template_date: args.data.template_date,
+            data: args.data.settings(args.seed, evaluate != Every::Never)?,
             model: args.model_name_or_path,
+            model_revision: args.model_revision,
             reference: args.ref_model_name_or_path,
-            dataset: args.dataset_name,
             output_dir: args.output_dir,
             overwrite: args.overwrite_output_dir,
             loss_type: value_name(&args.loss_type),
@@ -132,12 +148,18 @@ impl Settings {
             adam_epsilon: at_least_zero("adam-epsilon", args.adam_epsilon)?,
             num_train_epochs: args.num_train_epochs,
             max_steps,
-            train_batch: positive("per-device-train-batch-size", args.per_device_train_batch_size)?,
+            per_device_train_batch_size: matches!(bound, Bound::Rows(_)).then_some(batch),
+            max_batch_tokens: args.max_batch_tokens,
+            bound,
             accumulation: positive("gradient-accumulation-steps", args.gradient_accumulation_steps)?,
             eval_batch: positive("per-device-eval-batch-size", args.per_device_eval_batch_size.unwrap_or(8))?,
-            max_length: positive("max-length", args.max_length)?,
             seed: args.seed,
-            shuffle: args.train_sampling_strategy == Sampling::Random,
+            train_sampling_strategy: value_name(&args.train_sampling_strategy),
+            order: match args.train_sampling_strategy {
+                Sampling::Random => Order::Random,
+                Sampling::Sequential => Order::Sequential,
+                Sampling::GroupByLength => Order::GroupByLength,
+            },
             logging_steps,
             evaluate,
             save,
@@ -200,13 +222,6 @@ fn fraction(name: &str, value: f64) -> Result<f64, String> {
     } else {
         Err(format!("--{name} must be in [0, 1), not {value}"))
     }
-}
-
-fn read_template(given: &str) -> Result<String, String> {
-    if given == "simple" {
-        return Ok(given.into());
-    }
-    std::fs::read_to_string(Path::new(given)).map_err(|e| format!("--chat-template {given}: {e}"))
 }
 
 fn value_name(value: &impl clap::ValueEnum) -> String {

@@ -6,7 +6,7 @@ use apo_loss::{PairLogps, apo_down, apo_zero, sft, sigmoid};
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
 use fused_ops::sum_into;
-use pref_data::{Packed, PreparedRow};
+use pref_data::{Dataset, Packed, PairTokens};
 
 use crate::args::LossType;
 use crate::metrics::{BatchMetrics, PairValues};
@@ -30,9 +30,10 @@ struct Scored {
 }
 
 impl Micro {
-    /// Packs rows in the given order.
-    pub fn new<'a>(rows: impl IntoIterator<Item = &'a PreparedRow>) -> Self {
-        let packed = Packed::new(rows.into_iter().map(|row| &row.tokens));
+    /// Packs rows of a data set in the given order.
+    pub fn new(data: &Dataset, rows: &[u32]) -> Self {
+        let tokens: Vec<PairTokens> = rows.iter().map(|&row| data.row(row as usize).tokens).collect();
+        let packed = Packed::new(&tokens);
         let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
         let batch =
             Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets);

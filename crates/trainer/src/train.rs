@@ -8,11 +8,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use decoder::{Companions, Decoder};
-use pref_data::{Prepared, Tokenizer, TokenizerSource};
+use hub::{Hub, announce};
+use jiff::civil::DateTime;
+use pref_data::{Batches, Bound, Dataset, Order, PairTokens, TemplateSource, Tokenizer, audit};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, State};
-use crate::data::{self, Data, micro_batches};
+use crate::data::Data;
 use crate::logs::{self, Logs, Progress};
 use crate::metrics::Window;
 use crate::optimizer::Optimizer;
@@ -39,36 +41,50 @@ pub enum Outcome {
 /// Trains, from data to the written model.
 pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> {
     let (device, device_name) = backend::open(settings.backend)?;
-    let tokenizer = Tokenizer::load(&settings.model, settings.chat_template.as_deref())?;
-    let data = data::load(settings, &tokenizer, settings.evaluate != Every::Never)?;
+    let hub = Hub::from_env();
+    let model_dir = hub.model(&settings.model, settings.model_revision.as_deref(), &announce(&say))?;
+    let reference_dir =
+        settings.reference.as_deref().map(|name| hub.model(name, None, &announce(&say))).transpose()?;
+    let now = template_time(settings)?;
+    let tokenizer = Tokenizer::load(&model_dir, settings.chat_template.as_deref(), now)?;
+    if settings.template_date.is_some() && !tokenizer.asks_for_date() {
+        bail!("--template-date has no effect: the chat template does not ask for the date");
+    }
+    let data = settings.data.load(&tokenizer, settings.evaluate != Every::Never, &say)?;
     if let Some(n) = inspect_rows {
-        inspect::print(&mut std::io::stdout().lock(), &tokenizer, &data.train.rows, n)?;
+        inspect::print(&mut std::io::stdout().lock(), &tokenizer, &data.train, n)?;
+        let audit = audit(&tokenizer, &data.train);
+        audit.warnings.iter().for_each(|warning| say(&format!("WARNING: {warning}")));
         return Ok(Outcome::Done);
     }
-    let resume = check_output(settings)?;
-    let plan = Plan::new(settings, data.train.rows.len());
-    let model_hash = reference::model_hash(settings.reference.as_ref().unwrap_or(&settings.model))?;
-    let data_hash = reference::data_hash(&data.train.rows);
-    let fingerprint = checkpoint::fingerprint(settings, plan.total, &model_hash, &data_hash);
+    let resume = check_output(settings, [Some(&model_dir), reference_dir.as_ref()])?;
+    let plan = Plan::new(settings, &data.train);
+    let model_hash = reference::model_hash(reference_dir.as_ref().unwrap_or(&model_dir))?;
+    let data_hash = data.train.hash();
+    let mut fingerprint = checkpoint::fingerprint(settings, plan.total, &model_hash, &data_hash);
+    if tokenizer.asks_for_date() {
+        fingerprint.insert(checkpoint::TEMPLATE_DATE.into(), now.date().to_string());
+    }
     let state = match &resume {
         Some(dir) => checkpoint::read_state(dir, &fingerprint)?,
         None => State { fingerprint, ..State::default() },
     };
 
-    let model = Decoder::load(&settings.model, &device)?;
+    let model = Decoder::load(&model_dir, &device)?;
     check_fit(&model, &data)?;
-    let mut companions = Companions::read(&settings.model)?;
-    if tokenizer.template_source() != TokenizerSource::Model {
+    let mut companions = Companions::read(&model_dir)?;
+    if tokenizer.template_source() != TemplateSource::Model {
         companions.set_chat_template(tokenizer.template_text());
     }
     let report = preflight::data_report(&data.train, &tokenizer);
-    let memory = MemoryPlan::new(model.config(), plan.most_tokens(&data.train.rows));
+    let memory = MemoryPlan::new(model.config(), plan.most_tokens());
     for line in preflight::lines(settings, &report, &memory, plan.total) {
         say(&line);
     }
 
     let started = Instant::now();
-    let references = References::get(settings, &model, &data, &plan, &model_hash, &device)?;
+    let references =
+        References::get(settings, reference_dir.as_deref(), &model, &data, &plan, &model_hash, &device)?;
     let reference_seconds = started.elapsed().as_secs_f64();
     let (model, optimizer) = if let Some(dir) = &resume {
         say(&format!("going on from {} (step {})", dir.display(), state.step));
@@ -111,7 +127,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         model_hash: &model_hash,
         data_hash: &data_hash,
         data: &report,
-        dropped_ids: &data.train.dropped,
+        dropped_ids: &data.train.dropped_ids,
+        template_date: tokenizer.asks_for_date().then(|| now.date()),
         memory_plan: memory,
         reference_from_cache: references.cached,
         reference_seconds,
@@ -143,25 +160,25 @@ struct References {
 impl References {
     fn get(
         settings: &Settings,
+        dir: Option<&Path>,
         model: &Decoder,
         data: &Data,
         plan: &Plan,
         model_hash: &str,
         device: &Device,
     ) -> Result<Self> {
-        let loaded = settings.reference.as_ref().map(|dir| Decoder::load(dir, device)).transpose()?;
+        let loaded = dir.map(|dir| Decoder::load(dir, device)).transpose()?;
         let model = loaded.as_ref().unwrap_or(model);
         let mut cached = true;
-        let mut one = |prepared: &Prepared, batches: &[Vec<usize>]| -> Result<Vec<RefLogps>> {
-            let hash = reference::data_hash(&prepared.rows);
-            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), model_hash, &hash);
-            if let Some(values) = reference::read(&path, prepared.rows.len()) {
+        let mut one = |rows: &Dataset, batches: &Batches| -> Result<Vec<RefLogps>> {
+            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), model_hash, &rows.hash());
+            if let Some(values) = reference::read(&path, rows.len()) {
                 return Ok(values);
             }
             cached = false;
-            let mut progress = Progress::new("reference", prepared.rows.len(), settings.progress_bar);
+            let mut progress = Progress::new("reference", rows.len(), settings.progress_bar);
             let mut done = 0;
-            let values = reference::compute(model, &prepared.rows, batches, |rows| {
+            let values = reference::compute(model, rows, batches, |rows| {
                 done += rows;
                 progress.set(done);
             });
@@ -173,7 +190,10 @@ impl References {
         };
         let train = one(&data.train, &plan.epoch(0))?;
         let test = match &data.test {
-            Some(test) => one(test, &micro_batches(test.rows.len(), settings.eval_batch, false, 0, 0))?,
+            Some(test) => {
+                let bound = Bound::Rows(settings.eval_batch);
+                one(test, &Batches::new(&|_| 0, test.len(), Order::Sequential, bound, 0, 0))?
+            }
             None => Vec::new(),
         };
         Ok(Self { train, test, cached })
@@ -182,7 +202,7 @@ impl References {
 
 struct Training<'a> {
     settings: &'a Settings,
-    plan: &'a Plan,
+    plan: &'a Plan<'a>,
     data: &'a Data,
     references: &'a References,
     companions: &'a Companions,
@@ -190,7 +210,7 @@ struct Training<'a> {
     optimizer: Optimizer,
     logs: Logs,
     state: State,
-    epoch: Option<(usize, Vec<Vec<usize>>)>,
+    epoch: Option<(usize, Batches)>,
     computed_tokens: usize,
 }
 
@@ -241,10 +261,10 @@ impl Training<'_> {
     /// One optimizer step; returns its learning rate and gradient norm.
     fn one_step(&mut self) -> Result<(f64, f64)> {
         let micros = self.plan.micros(self.state.step, &mut self.epoch);
-        let scale = 1.0 / micros.len() as f64;
-        for rows in &micros {
-            let micro = Micro::new(rows.iter().map(|&i| &self.data.train.rows[i]));
-            let reference: Vec<RefLogps> = rows.iter().map(|&i| self.references.train[i]).collect();
+        let scales = self.plan.scales(&micros);
+        for (rows, scale) in micros.iter().zip(scales) {
+            let micro = Micro::new(&self.data.train, rows);
+            let reference: Vec<RefLogps> = rows.iter().map(|&i| self.references.train[i as usize]).collect();
             let (loss, beta) = (self.settings.loss, self.settings.beta);
             let (metrics, gradients) = micro.run(&self.model, loss, beta, &reference, Some(scale));
             if !metrics.loss.is_finite() {
@@ -266,8 +286,8 @@ impl Training<'_> {
         Ok((lr, norm))
     }
 
-    fn diverged(&self, what: &str, value: f64, micros: &[Vec<usize>]) -> String {
-        let ids: Vec<&str> = micros.iter().flatten().map(|&i| self.data.train.rows[i].id.as_str()).collect();
+    fn diverged(&self, what: &str, value: f64, micros: &[Vec<u32>]) -> String {
+        let ids: Vec<String> = micros.iter().flatten().map(|&i| self.data.train.id(i as usize)).collect();
         format!(
             "the {what} became {value} at step {} on the rows with ids {ids:?}; lower --learning-rate, or look at these \
              rows with --inspect; the last checkpoint is untouched",
@@ -291,7 +311,7 @@ impl Training<'_> {
     fn evaluate(&mut self, progress: &Progress) -> Result<()> {
         let Some(test) = &self.data.test else { return Ok(()) };
         let reference = &self.references.test;
-        let metrics = evaluate::run(&self.model, &test.rows, reference, self.settings, self.state.num_tokens);
+        let metrics = evaluate::run(&self.model, test, reference, self.settings, self.state.num_tokens);
         let mut entry = Map::new();
         entry.insert("step".into(), self.state.step.into());
         entry.insert("epoch".into(), self.plan.epochs_done(self.state.step).into());
@@ -321,11 +341,11 @@ fn summary(entry: &Map<String, Value>, speed: f64) -> String {
 
 /// Checks that the output directory can be used, and touches nothing in it; returns the checkpoint to go on
 /// from.
-fn check_output(settings: &Settings) -> Result<Option<PathBuf>> {
+fn check_output(settings: &Settings, sources: [Option<&PathBuf>; 2]) -> Result<Option<PathBuf>> {
     let dir = &settings.output_dir;
     let context = || format!("{}: cannot create the output directory", dir.display());
     fs::create_dir_all(dir).with_context(context)?;
-    for source in std::iter::once(&settings.model).chain(&settings.reference) {
+    for source in sources.into_iter().flatten() {
         if is_inside(source, dir) {
             bail!(
                 "{}: the model {} is inside the output directory; choose another",
@@ -363,15 +383,31 @@ fn is_inside(path: &Path, dir: &Path) -> bool {
 
 /// Every row must fit the model.
 fn check_fit(model: &Decoder, data: &Data) -> Result<()> {
-    for row in data.train.rows.iter().chain(data.test.iter().flat_map(|test| &test.rows)) {
-        let tokens = &row.tokens;
-        let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected].into_iter().flatten();
-        let length = tokens.prompt.len() + tokens.chosen.len().max(tokens.rejected.len());
-        if let Err(reason) = model.check_sequence(ids, length) {
-            bail!("record {}: {reason}; a smaller --max-length cuts long rows", row.id);
+    for rows in std::iter::once(&data.train).chain(&data.test) {
+        let beyond = model.check_sequence([&rows.largest_id()], 0).is_err();
+        for i in 0..rows.len() {
+            // Tokens are read only where one of them is known to be beyond the vocabulary.
+            let tokens = if beyond { rows.row(i).tokens } else { PairTokens::default() };
+            let ids = [&tokens.prompt, &tokens.chosen, &tokens.rejected].into_iter().flatten();
+            if let Err(reason) = model.check_sequence(ids, rows.lengths(i).longest()) {
+                bail!("record {}: {reason}; a smaller --max-length cuts long rows", rows.id(i));
+            }
         }
     }
     Ok(())
+}
+
+/// The time that chat templates are told: the given day, the day of the checkpoint that the run goes on from,
+/// or now.
+fn template_time(settings: &Settings) -> Result<DateTime> {
+    let earlier = match &settings.resume {
+        Resume::No => None,
+        Resume::Auto => checkpoint::newest(&settings.output_dir)?,
+        Resume::From(path) => Some(path.clone()),
+    };
+    let earlier = earlier.and_then(|dir| checkpoint::template_date(&dir));
+    let day = settings.template_date.or(earlier).map(|day| day.at(0, 0, 0, 0));
+    Ok(day.unwrap_or_else(|| jiff::ZonedDateTime::now().datetime()))
 }
 
 #[allow(clippy::print_stderr)]

@@ -105,6 +105,12 @@ fn flags_without_effect_are_usage_errors() {
         (&["--per-device-train-batch-size", "0"], "--per-device-train-batch-size"),
         (&["--loss-type", "apo-zero"], "apo_zero"),
         (&["--learning-rat", "1"], "--learning-rate"),
+        (&["--max-batch-tokens", "100"], "--per-device-train-batch-size"),
+        (&["--dataset-name", "other=0.5"], "all data sets a weight"),
+        (&["--dataset-shuffle-seed", "1"], "--dataset-shuffle-seed"),
+        (&["--test-split-size", "1.5"], "--test-split-size"),
+        (&["--columns", "good=chosen"], "no role"),
+        (&["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
     ] {
         let output = run(command(dir.path()).args(flags));
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
@@ -122,7 +128,7 @@ fn bad_data_and_models_are_named() {
         assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     };
     fails(&["--dataset-name", "nowhere"], "nowhere: no such file");
-    fails(&["--model-name-or-path", "nowhere"], "nowhere/tokenizer.json");
+    fails(&["--model-name-or-path", "nowhere"], "nowhere: no such directory");
     fails(&["--max-length", "5"], "raise it");
     fs::write(dir.path().join("bad.jsonl"), "{\"chosen\": \"a\", \"rejected\": \"b\"}\n{\"chosen\":\n")
         .unwrap();
@@ -180,4 +186,92 @@ fn the_trained_model_keeps_the_template_it_was_trained_with() {
     let output = run(command(dir.path()).args(["--chat-template", "t.jinja", "--max-steps", "1"]));
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(fs::read_to_string(dir.path().join("out/chat_template.jinja")).unwrap(), template);
+}
+
+/// A short run on data of the test's own, into `dir/out`; returns `run.json` and what was said.
+fn short(dir: &Path, flags: &[&str]) -> (Value, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+    command.env("XDG_CACHE_HOME", dir.join("cache")).env("HF_HUB_OFFLINE", "1").current_dir(dir);
+    command
+        .args("--output-dir out --overwrite-output-dir --loss-type apo_zero --save-strategy no".split(' '));
+    let output = run(command.args(flags));
+    assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
+    let info = fs::read_to_string(dir.join("out/run.json")).unwrap();
+    (serde_json::from_str(&info).unwrap(), stderr(&output))
+}
+
+#[test]
+fn data_sets_are_mixed_cut_and_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixtures().join("models/tiny-qwen2");
+    let data = |name: &str| fixtures().join("data").join(name).to_str().unwrap().to_string();
+    let (a, b) = (data("clair_mini"), data("clair_mini_standard"));
+    let model = ["--model-name-or-path", model.to_str().unwrap(), "--max-steps", "1"];
+    let rows = |flags: &[&str]| {
+        let (info, said) = short(dir.path(), &[&model, flags].concat());
+        (info["data"]["rows"].as_u64().unwrap(), said)
+    };
+    assert_eq!(rows(&["--dataset-name", &a, &b]).0, 128);
+    let weighted = [format!("{a}=3"), format!("{b}=1")];
+    // w = (3/4, 1/4), N = 64 / (3/4): 64 rows and 21
+    assert_eq!(rows(&["--dataset-name", &weighted[0], "--dataset-name", &weighted[1]]).0, 85);
+    let (all, said) =
+        rows(&["--dataset-name", &a, "--max-train-samples", "10", "--dataset-shuffle-seed", "3"]);
+    assert_eq!(all, 10);
+    assert!(said.contains("first row, chosen") && said.contains("tokens from the cache"), "{said}");
+    let held = ["--dataset-name", &a, "--eval-strategy", "epoch", "--test-split-size", "0.25"];
+    assert_eq!(rows(&held).0, 48);
+    let test = &log(dir.path(), "eval_log.jsonl");
+    assert_eq!(test.len(), 1);
+}
+
+#[test]
+fn a_token_budget_bounds_the_micro_batches_and_resumes_bitwise() {
+    let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let budget = |dir: &Path, more: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+        command.env("XDG_CACHE_HOME", dir.join("cache")).current_dir(dir);
+        command.arg("--model-name-or-path").arg(fixtures().join("models/tiny-llama"));
+        command.arg("--dataset-name").arg(fixtures().join("data/clair_mini"));
+        let line = "--output-dir out --loss-type apo_zero --learning-rate 1e-3 --logging-steps 1 --save-steps 7 \
+                    --train-sampling-strategy group_by_length --max-batch-tokens 700 --gradient-accumulation-steps 2 \
+                    --num-train-epochs 2";
+        let output = run(command.args(line.split_whitespace()).args(more.split_whitespace()));
+        assert!(output.status.success(), "{}", stderr(&output));
+    };
+    budget(whole.path(), "");
+    budget(halves.path(), "");
+    // As if it had been killed after step 7.
+    let out = halves.path().join("out");
+    for file in ["model.safetensors", "run.json"] {
+        fs::remove_file(out.join(file)).unwrap();
+    }
+    for checkpoint in fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().path()) {
+        let name = checkpoint.file_name().unwrap().to_str().unwrap().to_string();
+        if name.starts_with("checkpoint-") && name != "checkpoint-7" {
+            fs::remove_dir_all(checkpoint).unwrap();
+        }
+    }
+    budget(halves.path(), "--resume-from-checkpoint auto");
+    let weights = |dir: &Path| fs::read(dir.join("out/model.safetensors")).unwrap();
+    assert!(weights(whole.path()) == weights(halves.path()), "final weights differ");
+    assert_eq!(log(whole.path(), "train_log.jsonl"), log(halves.path(), "train_log.jsonl"));
+}
+
+#[test]
+fn a_model_without_chat_template_takes_simple_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixtures().join("models/tiny-opt-nochat");
+    let data = fixtures().join("data/clair_mini");
+    let paths = ["--model-name-or-path", model.to_str().unwrap(), "--dataset-name", data.to_str().unwrap()];
+    let (info, said) = short(dir.path(), &[&paths, ["--max-steps", "1"].as_slice()].concat());
+    assert!(said.contains("WARNING: the model has no chat template"), "{said}");
+    // 'simple' does not end an answer.
+    assert!(said.contains("end-of-sequence"), "{said}");
+    assert_eq!(info["data"]["simple_chat_template"], true);
+    let chatml = [&paths, ["--max-steps", "1", "--chat-template", "chatml"].as_slice()].concat();
+    let (info, _) = short(dir.path(), &chatml);
+    assert_eq!(info["data"]["simple_chat_template"], false);
+    let written = fs::read_to_string(dir.path().join("out/chat_template.jinja")).unwrap();
+    assert!(written.contains("<|im_start|>"));
 }
