@@ -5,6 +5,7 @@
 
 mod bench;
 mod cargo;
+mod check;
 mod ci;
 mod demo;
 mod tidy;
@@ -21,12 +22,15 @@ cargo xtask sample --help             answers of a model to a file of prompts
 cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers
 cargo xtask train --help              align a model on the pairs
 cargo xtask eval pairs --help         held-out preference metrics
+cargo xtask eval data --help          how contrastive, long, repetitive and biased a preference set is
 Without flags, generate-clair, train and eval run on the bundled data, one after the other.
 
 cargo xtask new-model --help          an untrained model directory
 cargo xtask demo-model                makes datasets/demo/model again
 cargo xtask bench head                GFLOP/s of the parts of a training step
-cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]";
+cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
+cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
+cargo xtask check templates --trl VENV [DIR ...]   chat templates against transformers";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -47,6 +51,7 @@ fn run(command: &str, rest: &[String]) -> Result<ExitCode> {
         "demo-model" => demo::make_model(rest),
         "ci" => ci::run(rest),
         "bench" => bench::run(rest),
+        "check" => check::run(rest),
         "sample" => cargo::run("eval", &[&["sample".into()], rest].concat()),
         "generate-clair" if rest.is_empty() => demo::generate(),
         "generate-clair" => cargo::run("clair-gen", rest),

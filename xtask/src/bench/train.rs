@@ -1,4 +1,4 @@
-//! Measurements that anyone can repeat.
+//! `bench train`: seconds a step and peak memory, beside TRL.
 
 use std::env;
 use std::fs;
@@ -8,24 +8,8 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::cargo::{build, cargo};
+use crate::cargo::build;
 use crate::report;
-
-/// `bench head|train`.
-pub fn run(args: &[String]) -> Result<ExitCode> {
-    match args.split_first() {
-        Some((what, [])) if what == "head" => {
-            let example =
-                ["run", "--release", "--quiet", "--package", "fused-ops", "--example", "throughput"];
-            let status = cargo(&example).status().context("cannot run cargo")?;
-            Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-        }
-        Some((what, rest)) if what == "train" => train(&Options::parse(rest)?),
-        _ => bail!(
-            "usage: cargo xtask bench head | bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]"
-        ),
-    }
-}
 
 struct Options {
     model: PathBuf,
@@ -76,7 +60,9 @@ struct Measured {
     memory: f64,
 }
 
-fn train(options: &Options) -> Result<ExitCode> {
+/// Runs alternate; medians.
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    let options = &Options::parse(args)?;
     let binary = build("trainer")?;
     let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());

@@ -1,0 +1,29 @@
+//! Measurements that anyone can repeat.
+
+mod data;
+mod train;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cargo::cargo;
+
+/// `bench data|head|train`.
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    match args.split_first() {
+        Some((what, [])) if what == "head" => {
+            let example =
+                ["run", "--release", "--quiet", "--package", "fused-ops", "--example", "throughput"];
+            let status = cargo(&example).status().context("cannot run cargo")?;
+            Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Some((what, rest)) if what == "train" => train::run(rest),
+        Some((what, rest)) if what == "data" => data::run(rest),
+        _ => bail!(
+            "usage: cargo xtask bench head\n\
+             cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]\n\
+             cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]"
+        ),
+    }
+}
