@@ -8,6 +8,7 @@ mod cargo;
 mod check;
 mod ci;
 mod demo;
+mod fuzz;
 mod tidy;
 
 use std::process::ExitCode;
@@ -30,6 +31,7 @@ cargo xtask demo-model                makes datasets/demo/model again
 cargo xtask bench head                GFLOP/s of the parts of a training step
 cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
+cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check templates --trl VENV [DIR ...]   chat templates against transformers";
 
 fn main() -> ExitCode {
@@ -52,6 +54,7 @@ fn run(command: &str, rest: &[String]) -> Result<ExitCode> {
         "ci" => ci::run(rest),
         "bench" => bench::run(rest),
         "check" => check::run(rest),
+        "fuzz" => fuzz::run(rest),
         "sample" => cargo::run("eval", &[&["sample".into()], rest].concat()),
         "generate-clair" if rest.is_empty() => demo::generate(),
         "generate-clair" => cargo::run("clair-gen", rest),

@@ -284,9 +284,9 @@ pub struct TokenSet {
 }
 
 impl TokenSet {
-    /// Opens a file and checks it whole; `None` says why it is not usable.
+    /// Opens a file and checks it whole; the error says why it is not usable.
     #[allow(unsafe_code)]
-    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+    pub fn open(path: &Path) -> Result<Self, Error> {
         let broken = |reason: &str| Error::Dataset { path: path.into(), reason: reason.into() };
         let mut file = File::open(path).map_err(Error::io(path))?;
         let len = file.metadata().map_err(Error::io(path))?.len();
@@ -318,6 +318,23 @@ impl TokenSet {
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
         let set = Self { map, trailer, hash };
         set.check_index().then_some(set).ok_or_else(|| broken("its index is damaged"))
+    }
+
+    /// A file of these bytes, of which the last hold the sizes, with checksums that fit: for tests of what
+    /// stands behind the checksums.
+    #[doc(hidden)]
+    pub fn seal(bytes: &[u8]) -> Vec<u8> {
+        let (body, sizes) = bytes.split_at(bytes.len().saturating_sub(56));
+        let mut hasher = blake3::Hasher::new();
+        for block in body.chunks(BLOCK as usize) {
+            hasher.update(blake3::hash(block).as_bytes());
+        }
+        let mut end = MAGIC.to_vec();
+        end.extend(sizes);
+        end.resize(64, 0);
+        end.extend(hasher.finalize().as_bytes());
+        let own = blake3::hash(&end);
+        [body, &end, own.as_bytes()].concat()
     }
 
     /// Every row lies inside the tokens.
