@@ -3,20 +3,17 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 
 use crate::model::{Decoder, Weight, to_vec};
+use crate::weights::{Files, INDEX, SINGLE};
 use crate::{Config, Error, arch};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// Data type of a written checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,33 +38,30 @@ impl Decoder {
     /// with its shape, and nothing else.
     pub fn load(dir: &Path, device: &Device) -> Result<Self, Error> {
         let config = Config::from_file(&dir.join("config.json"))?;
-        let files = open_files(dir)?;
-        let parsed = files.iter().map(OpenFile::parse).collect::<Result<Vec<_>, _>>()?;
-        let mut found = HashMap::new();
-        for tensors in &parsed {
-            found.extend(tensors.iter().map(|(name, view)| (name.clone(), view)));
-        }
+        let files = Files::open(dir)?;
+        let found = files.tensors(config.names.root)?;
         let wanted = config.weights();
         check_names(dir, &config, &wanted, &found)?;
         let weights = wanted
             .into_par_iter()
             .map(|(name, shape)| {
-                let view = &found[&name];
-                if view.shape() != shape {
-                    let reason =
-                        format!("{name} has shape {:?}, the configuration says {shape:?}", view.shape());
-                    return Err(Error::Weights { path: dir.into(), reason });
+                let stored = &found[&name];
+                let unusable = |reason: String| Error::Weights { path: dir.into(), reason };
+                if stored.shape() != shape {
+                    let found = stored.shape();
+                    return Err(unusable(format!(
+                        "{name} has shape {found:?}, the configuration says {shape:?}"
+                    )));
                 }
-                let values = decode(view.dtype(), &view.data()).ok_or_else(|| Error::Weights {
-                    path: dir.into(),
-                    reason: format!(
-                        "{name} is stored as {:?}; F32, BF16 and F16 are supported",
-                        view.dtype()
-                    ),
+                let dtype = stored.dtype().ok_or_else(|| {
+                    let dtype = stored.dtype_name();
+                    unusable(format!("{name} is stored as {dtype}; F32, BF16 and F16 are supported"))
                 })?;
+                let bytes = stored.data().map_err(Error::io(files.place()))?;
+                let values = decode(dtype, &bytes);
                 let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
                 let tensor = Tensor::from_data(TensorData::new(values, dims), device);
-                Ok(Weight { name, shape, tensor, stored: view.dtype() })
+                Ok(Weight { name, shape, tensor, stored: dtype })
             })
             .collect::<Result<Vec<_>, Error>>()?;
         Ok(Self::assemble(config, weights))
@@ -172,7 +166,7 @@ pub fn eos_ids(dir: &Path) -> Result<Vec<u32>, Error> {
     Ok(Vec::new())
 }
 
-fn read_json(path: &Path) -> Result<Value, Error> {
+pub(crate) fn read_json(path: &Path) -> Result<Value, Error> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), source })
 }
@@ -182,50 +176,6 @@ fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
     let temporary = path.with_extension("tmp");
     fs::write(&temporary, text + "\n").map_err(Error::io(&temporary))?;
     fs::rename(&temporary, path).map_err(Error::io(path))
-}
-
-struct OpenFile {
-    path: PathBuf,
-    map: Mmap,
-}
-
-impl OpenFile {
-    #[allow(unsafe_code)]
-    fn open(path: PathBuf) -> Result<Self, Error> {
-        let file = File::open(&path).map_err(Error::io(&path))?;
-        // SAFETY: the map is read only while loading; a file changed under it by someone else would
-        // give wrong values, as it would with any other way of reading it.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        Ok(Self { path, map })
-    }
-
-    fn parse(&self) -> Result<SafeTensorsList<'_>, Error> {
-        let tensors = SafeTensors::deserialize(&self.map)
-            .map_err(|e| Error::Safetensors { path: self.path.clone(), reason: e.to_string() })?;
-        Ok(tensors.tensors())
-    }
-}
-
-type SafeTensorsList<'a> = Vec<(String, safetensors::tensor::TensorView<'a>)>;
-
-fn open_files(dir: &Path) -> Result<Vec<OpenFile>, Error> {
-    let index = dir.join(INDEX);
-    if dir.join(SINGLE).exists() || !index.exists() {
-        return Ok(vec![OpenFile::open(dir.join(SINGLE))?]);
-    }
-    let json = read_json(&index)?;
-    let map = json["weight_map"].as_object();
-    let map = map.ok_or_else(|| Error::Config { path: index.clone(), reason: "no weight_map".into() })?;
-    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-    names.sort_unstable();
-    names.dedup();
-    if let Some(bad) = names.iter().find(|name| name.contains(['/', '\\'])) {
-        return Err(Error::Config {
-            path: index,
-            reason: format!("{bad:?} is not a file of this directory"),
-        });
-    }
-    names.into_iter().map(|name| OpenFile::open(dir.join(name))).collect()
 }
 
 /// Errors unless the names wanted and found agree, but for what transformers ignores as well.
@@ -258,14 +208,13 @@ fn check_names<T>(
     Ok(())
 }
 
-fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+fn decode(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     let halves =
         |convert: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|&pair| convert(pair)).collect();
     match dtype {
-        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
-        Dtype::BF16 => Some(halves(|b| bf16::from_le_bytes(b).to_f32())),
-        Dtype::F16 => Some(halves(|b| f16::from_le_bytes(b).to_f32())),
-        _ => None,
+        Dtype::BF16 => halves(|b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::F16 => halves(|b| f16::from_le_bytes(b).to_f32()),
+        _ => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
     }
 }
 

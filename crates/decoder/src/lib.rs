@@ -12,6 +12,7 @@ mod error;
 mod generate;
 mod model;
 mod sampling;
+mod weights;
 
 pub use batch::{Batch, TokenScores};
 pub use checkpoint::{Companions, SaveDtype, eos_ids};
@@ -20,3 +21,4 @@ pub use error::Error;
 pub use generate::{Completion, Generator, Request, Stop};
 pub use model::{Decoder, Weight};
 pub use sampling::Sampling;
+pub use weights::model_hash;

@@ -127,3 +127,21 @@ fn bad_directories_are_refused_by_name() {
     write(config.replace("\"intermediate_size\": 128", "\"intermediate_size\": 64"));
     assert!(load().contains("has shape"), "{}", load());
 }
+
+#[test]
+fn pytorchs_own_files_load_too() {
+    let whole = Decoder::load(&fixture("tiny-opt"), &Device::flex()).unwrap();
+    let half = Decoder::load(&fixture("tiny-opt-hub"), &Device::flex()).unwrap();
+    for (whole, half) in whole.weights().iter().zip(half.weights()) {
+        assert_eq!((&whole.name, &whole.shape), (&half.name, &half.shape));
+        let [whole, half]: [Vec<f32>; 2] =
+            [whole, half].map(|weight| weight.tensor.to_data().try_into_vec().unwrap());
+        let rounded: Vec<f32> = whole.iter().map(|&v| half::f16::from_f32(v).to_f32()).collect();
+        assert_eq!(rounded, half);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(fixture("tiny-opt-hub").join("config.json"), dir.path().join("config.json")).unwrap();
+    fs::write(dir.path().join("pytorch_model.bin"), b"cposix\nsystem\n(S'true'\ntR.").unwrap();
+    let error = Decoder::load(dir.path(), &Device::flex()).unwrap_err().to_string();
+    assert!(error.contains("pytorch_model.bin"), "{error}");
+}

@@ -10,8 +10,8 @@ use burn::tensor::Device;
 use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
 use hub::{Hub, announce};
 use pref_data::{
-    Extras, JsonlAppender, Message, Tokenizer, hash_file, read_chat_template, read_jsonl, row_id,
-    write_atomic, write_jsonl,
+    Extras, JsonlAppender, Message, Tokenizer, read_chat_template, read_jsonl, row_id, write_atomic,
+    write_jsonl,
 };
 use serde_json::{Value, json};
 
@@ -92,7 +92,12 @@ impl Answers {
         let mut name = path.as_os_str().to_owned();
         name.push(".settings.json");
         let settings_path = PathBuf::from(name);
-        let (log, _torn) = JsonlAppender::open(path)?;
+        let (log, torn) = JsonlAppender::open(path)?;
+        if torn > 0 {
+            tell_line(&format!(
+                "WARNING: the last answer was cut off by a crash ({torn} bytes); it is made again"
+            ));
+        }
         let rows = read_jsonl(path)?;
         let earlier = fs::read_to_string(&settings_path).ok();
         let earlier: Option<Value> = earlier.and_then(|text| serde_json::from_str(&text).ok());
@@ -176,7 +181,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
         requests.push(Request { index, prompt: ids, seed });
     }
     let settings = json!({
-        "model": args.model, "weights": weights_hash(dir)?, "chat_template": tokenizer.template_text(),
+        "model": args.model, "weights": decoder::model_hash(dir)?, "chat_template": tokenizer.template_text(),
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
         "seed": args.seed,
     });
@@ -209,19 +214,10 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     finish(answers, &prompts)
 }
 
+/// A line for the user.
 #[allow(clippy::print_stderr)]
-fn tell_line(line: &str) {
+pub fn tell_line(line: &str) {
     eprintln!("{line}");
-}
-
-/// Hash of a model directory's weights.
-fn weights_hash(dir: &Path) -> Result<String> {
-    let entries = fs::read_dir(dir).with_context(|| format!("{}: cannot list", dir.display()))?;
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
-    files.sort();
-    let hashes = files.iter().map(|path| hash_file(path)).collect::<Result<Vec<_>, _>>()?;
-    Ok(hashes.join(" "))
 }
 
 /// Ends a run: complete files are put into order.

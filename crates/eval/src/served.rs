@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::sample::tell_line;
 use anyhow::{Context, Result};
 use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings, api_key};
 use pref_data::Message;
@@ -24,7 +25,12 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
     });
     let mut name = args.out.as_os_str().to_owned();
     name.push(".replies");
-    let (store, _torn) = ReplyStore::open(&PathBuf::from(name))?;
+    let (store, torn) = ReplyStore::open(&PathBuf::from(name))?;
+    if torn > 0 {
+        tell_line(&format!(
+            "WARNING: the last reply was cut off by a crash ({torn} bytes); it is asked for again"
+        ));
+    }
     let client = Arc::new(Client::new(
         Settings {
             endpoint: endpoint.into(),

@@ -2,144 +2,23 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
+mod server;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hub::{Error, Hub};
-use sha2::{Digest, Sha256};
 
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+use server::{COMMIT, Faults, Server};
 
-/// What the server does wrong, each once per file.
-#[derive(Default, Clone)]
-struct Faults {
-    unavailable: bool,
-    cut_after: Option<usize>,
-    wrong_bytes: bool,
-    ignore_range: bool,
-}
-
-struct Server {
-    hub: String,
-    files: HashMap<String, Vec<u8>>,
-    faults: Mutex<HashMap<String, Faults>>,
-    /// Request lines with the range asked for and whether a token came, Hub and storage.
-    seen: Mutex<Vec<String>>,
-    storage: String,
-    private: bool,
-}
-
-impl Server {
-    fn start(files: &[(&str, &[u8])], faults: Faults, private: bool) -> Arc<Self> {
-        let [hub, storage] = [0, 0].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
-        let address = |listener: &TcpListener| format!("http://{}", listener.local_addr().unwrap());
-        let server = Arc::new(Self {
-            hub: address(&hub),
-            storage: address(&storage),
-            files: files.iter().map(|(name, bytes)| ((*name).to_string(), bytes.to_vec())).collect(),
-            faults: Mutex::new(files.iter().map(|(name, _)| ((*name).to_string(), faults.clone())).collect()),
-            seen: Mutex::default(),
-            private,
-        });
-        for listener in [hub, storage] {
-            let server = server.clone();
-            std::thread::spawn(move || {
-                for stream in listener.incoming().flatten() {
-                    let server = server.clone();
-                    std::thread::spawn(move || server.serve(stream));
-                }
-            });
-        }
-        server
-    }
-
-    fn client(&self, cache: &Path) -> Hub {
-        let mut hub = Hub::from_env();
-        hub.endpoint.clone_from(&self.hub);
-        hub.cache = cache.into();
-        hub.offline = false;
-        hub.backoff = Duration::from_millis(1);
-        hub
-    }
-
-    fn serve(&self, mut stream: TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream.try_clone().ok()?);
-        let (mut line, mut range, mut token) = (String::new(), None, false);
-        reader.read_line(&mut line).ok()?;
-        loop {
-            let mut header = String::new();
-            reader.read_line(&mut header).ok()?;
-            let header = header.trim().to_ascii_lowercase();
-            if header.is_empty() {
-                break;
-            }
-            if let Some(from) = header.strip_prefix("range: bytes=") {
-                range = from.trim_end_matches('-').parse::<usize>().ok();
-            }
-            token |= header.starts_with("authorization: bearer secret");
-        }
-        let (method, path) = line.split_once(' ')?;
-        let path = path.split(' ').next()?;
-        self.seen.lock().unwrap().push(format!("{method} {path} {range:?} {token}"));
-        let mut send = |status: &str, headers: &str, body: &[u8]| {
-            let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n");
-            stream.write_all(head.as_bytes()).ok()?;
-            stream.write_all(body).ok()
-        };
-        if let Some(name) = path.strip_prefix("/storage/") {
-            return self.store(name, range, send);
-        }
-        if self.private && !token {
-            return send("401 Unauthorized", "Content-Length: 0\r\n", b"");
-        }
-        if path.starts_with("/api/") {
-            let siblings: Vec<String> =
-                self.files.keys().map(|name| format!("{{\"rfilename\": \"{name}\"}}")).collect();
-            let body = format!("{{\"sha\": \"{COMMIT}\", \"siblings\": [{}]}}", siblings.join(","));
-            return send("200 OK", &format!("Content-Length: {}\r\n", body.len()), body.as_bytes());
-        }
-        let name = path.split_once(&format!("/resolve/{COMMIT}/"))?.1;
-        let Some(bytes) = self.files.get(name) else {
-            return send("404 Not Found", "Content-Length: 0\r\n", b"");
-        };
-        let sha: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let headers = format!(
-            "Location: {}/storage/{name}\r\nX-Linked-Etag: \"{sha}\"\r\nX-Linked-Size: {}\r\nContent-Length: 0\r\n",
-            self.storage,
-            bytes.len()
-        );
-        send("302 Found", &headers, b"")
-    }
-
-    fn store(
-        &self,
-        name: &str,
-        range: Option<usize>,
-        mut send: impl FnMut(&str, &str, &[u8]) -> Option<()>,
-    ) -> Option<()> {
-        let bytes = &self.files[name];
-        let mut faults = self.faults.lock().unwrap();
-        let fault = faults.get_mut(name)?;
-        if std::mem::take(&mut fault.unavailable) {
-            return send("503 Busy", "Retry-After: 0\r\nContent-Length: 0\r\n", b"");
-        }
-        let from = range.filter(|_| !fault.ignore_range).unwrap_or(0);
-        let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
-        let rest = &bytes[from..];
-        let headers = format!("Content-Length: {}\r\n", rest.len());
-        if let Some(cut) = fault.cut_after.take() {
-            return send(status, &headers, &rest[..cut.min(rest.len())]);
-        }
-        if std::mem::take(&mut fault.wrong_bytes) {
-            return send(status, &headers, &vec![b'x'; rest.len()]);
-        }
-        send(status, &headers, rest)
-    }
+fn client(server: &Server, cache: &Path) -> Hub {
+    let mut hub = Hub::from_env();
+    hub.endpoint.clone_from(&server.hub);
+    hub.cache = cache.into();
+    hub.offline = false;
+    hub.backoff = Duration::from_millis(1);
+    hub
 }
 
 fn quiet(_: &str, _: u64, _: u64) {}
@@ -168,7 +47,7 @@ fn a_data_set_comes_whole_through_every_fault_and_stays() {
     for faults in cases {
         let server = Server::start(&files, faults.clone(), false);
         let dir = tempfile::tempdir().unwrap();
-        let mut hub = server.client(dir.path());
+        let mut hub = client(&server, dir.path());
         let splits = hub.dataset("some/set", None, None, &["train"], &quiet).unwrap();
         let paths = splits.split("train").unwrap();
         assert_eq!(paths.len(), 2);
@@ -211,7 +90,7 @@ fn a_model_comes_with_what_it_needs_and_no_more() {
     let server = Server::start(&files, Faults::default(), true);
     let dir = tempfile::tempdir().unwrap();
     // The token comes from the environment; a private repository without one is refused with a hint.
-    let error = server.client(dir.path()).model("some/model", None, &quiet).unwrap_err();
+    let error = client(&server, dir.path()).model("some/model", None, &quiet).unwrap_err();
     assert!(matches!(error, Error::Refused { status: 401, .. }) && error.to_string().contains("HF_TOKEN"));
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child_with_a_token", "--nocapture", "--include-ignored"])
@@ -250,7 +129,7 @@ fn child_with_a_token() {
 fn what_is_neither_here_nor_on_the_hub_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&[("weights.bin", b"x")], Faults::default(), false);
-    let hub = server.client(dir.path());
+    let hub = client(&server, dir.path());
     assert!(hub.model("./nowhere", None, &quiet).unwrap_err().to_string().contains("./nowhere"));
     let error = hub.model("some/model", None, &quiet).unwrap_err().to_string();
     assert!(error.contains("config.json"), "{error}");

@@ -12,6 +12,7 @@ mod contrast;
 mod dataset;
 mod encode;
 mod error;
+mod gpt2;
 mod layout;
 mod pack;
 mod prepare;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use tokenizers::Tokenizer as Inner;
 
 use crate::encode::{FastEncoder, Words};
+use crate::gpt2;
 use crate::{CHATML, ChatTemplate, Error, Extras, Message, SIMPLE};
 
 /// Where the chat template came from.
@@ -56,16 +57,17 @@ impl Tokenizer {
     pub fn load(dir: &Path, chat_template: Option<&str>, now: DateTime) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
         let unusable = |path: &Path, reason: String| Error::Tokenizer { path: path.into(), reason };
-        if !path.is_file() {
-            return Err(unusable(&path, "no such file; the model directory needs a fast tokenizer".into()));
-        }
-        let json = fs::read(&path).map_err(Error::io(&path))?;
+        let config = optional_json(&dir.join("tokenizer_config.json"))?;
+        let special = special_tokens(&config, &optional_json(&dir.join("special_tokens_map.json"))?);
+        let json = if path.is_file() {
+            fs::read(&path).map_err(Error::io(&path))?
+        } else {
+            gpt2::tokenizer_json(dir, &config, &special)?
+        };
         let mut inner = Inner::from_bytes(&json).map_err(|e| unusable(&path, e.to_string()))?;
         // Padding and truncation of the file would change token ids; TRL sets neither.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| unusable(&path, e.to_string()))?;
-        let config = optional_json(&dir.join("tokenizer_config.json"))?;
-        let special = special_tokens(&config, &optional_json(&dir.join("special_tokens_map.json"))?);
         let (templates, template_source) = match chat_template {
             Some(text) => (Templates::only(text), TemplateSource::Override),
             None => match Templates::of_model(dir, &config)? {

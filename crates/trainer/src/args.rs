@@ -25,7 +25,7 @@ pub struct Args {
     #[command(flatten)]
     pub data: DataArgs,
     /// Where the trained model, logs and checkpoints go.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", default_value = "trainer_output")]
     pub output_dir: PathBuf,
     /// Replace an earlier run in the output directory.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]

@@ -5,30 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use blake3::Hasher;
 use decoder::Decoder;
 use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
 use crate::step::{Micro, RefLogps};
-
-/// Hash of a model directory's configuration and weights.
-pub fn model_hash(dir: &Path) -> Result<String> {
-    let mut files: Vec<PathBuf> = fs::read_dir(dir)
-        .with_context(|| format!("{}: cannot list", dir.display()))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.extension().is_some_and(|e| e == "safetensors")
-                || path.file_name().is_some_and(|n| n == "config.json")
-        })
-        .collect();
-    files.sort();
-    let mut hasher = Hasher::new();
-    for file in files {
-        hasher.update(file.file_name().unwrap_or_default().as_encoded_bytes());
-        hasher.update_mmap(&file).with_context(|| format!("{}: cannot read", file.display()))?;
-    }
-    Ok(hasher.finalize().to_hex().to_string())
-}
 
 /// Reads the cache, if it holds this model and data.
 pub fn read(path: &Path, rows: usize) -> Option<Vec<RefLogps>> {

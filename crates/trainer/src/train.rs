@@ -59,7 +59,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     }
     let resume = check_output(settings, [Some(&model_dir), reference_dir.as_ref()])?;
     let plan = Plan::new(settings, &data.train);
-    let model_hash = reference::model_hash(reference_dir.as_ref().unwrap_or(&model_dir))?;
+    let model_hash = decoder::model_hash(reference_dir.as_ref().unwrap_or(&model_dir))?;
     let data_hash = data.train.hash();
     let mut fingerprint = checkpoint::fingerprint(settings, plan.total, &model_hash, &data_hash);
     if tokenizer.asks_for_date() {
@@ -147,6 +147,10 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     info.computed_tokens = training.computed_tokens;
     info.peak_memory_bytes = peak_memory();
     info.write(&settings.output_dir)?;
+    if outcome == Outcome::Done {
+        let (dir, seconds) = (settings.output_dir.display(), info.train_seconds);
+        say(&format!("trained model: {dir} ({} steps in {seconds:.1} s)", plan.total));
+    }
     Ok(outcome)
 }
 
