@@ -8,6 +8,7 @@
 
 mod audit;
 mod batches;
+mod card;
 mod contrast;
 mod dataset;
 mod encode;
@@ -29,6 +30,7 @@ mod write;
 
 pub use audit::{Audit, audit};
 pub use batches::{Batches, Bound, Order};
+pub use card::Card;
 pub use contrast::{Contrast, jaccard, levenshtein};
 pub use dataset::{Dataset, PreparedRow, hold_out, mix};
 pub use error::Error;

@@ -8,6 +8,7 @@ use arrow_json::WriterBuilder;
 use arrow_json::writer::LineDelimited;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::metadata::ParquetMetaData;
 use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -235,27 +236,157 @@ fn csv(path: &Path, input: Box<dyn BufRead>, sink: Sink) -> Result<(), Error> {
 }
 
 fn parquet(path: &Path, columns: Option<&[&str]>, sink: Sink) -> Result<(), Error> {
-    let broken = |e: &dyn std::fmt::Display| Error::Dataset {
+    let broken = |reason: String| Error::Dataset {
         path: path.into(),
-        reason: format!("not a usable Parquet file: {e}"),
+        reason: format!("not a usable Parquet file: {reason}"),
     };
     let file = File::open(path).map_err(Error::io(path))?;
-    // The decoder trusts lengths in the file; a broken one must be an error, not a crash.
-    let mut builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| broken(&e))?;
-    if let Some(columns) = columns {
-        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
-        builder = builder.with_projection(mask);
-    }
+    let size = file.metadata().map_err(Error::io(path))?.len();
+    let open = || {
+        let mut builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+        check_places(builder.metadata(), size)?;
+        if let Some(columns) = columns {
+            let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+            builder = builder.with_projection(mask);
+        }
+        builder.with_batch_size(ROWS).build().map_err(|e| e.to_string())
+    };
+    let mut batches = guarded(open).map_err(broken)?;
     let mut first = 1;
-    for batch in builder.with_batch_size(ROWS).build().map_err(|e| broken(&e))? {
-        let batch = batch.map_err(|e| broken(&e))?;
+    while let Some(batch) =
+        guarded(|| batches.next().transpose().map_err(|e| e.to_string())).map_err(broken)?
+    {
         let mut text = Vec::with_capacity(BLOCK);
         let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(&mut text);
-        writer.write(&batch).and_then(|()| writer.finish()).map_err(|e| broken(&e))?;
+        writer.write(&batch).and_then(|()| writer.finish()).map_err(|e| broken(e.to_string()))?;
         if !sink(Block::Lines(first, text))? {
             return Ok(());
         }
         first += batch.num_rows();
     }
     Ok(())
+}
+
+/// The parquet crate panics on some damaged files: those are errors too.
+fn guarded<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err("it is damaged".into()))
+}
+
+/// Every column chunk lies inside the file (the crate asserts it later).
+fn check_places(metadata: &ParquetMetaData, size: u64) -> Result<(), String> {
+    for group in metadata.row_groups() {
+        for column in group.columns() {
+            let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
+            let place = u64::try_from(start).ok().zip(u64::try_from(column.compressed_size()).ok());
+            if place.and_then(|(start, len)| start.checked_add(len)).is_none_or(|end| end > size) {
+                return Err(format!(
+                    "column {:?} does not lie inside the file",
+                    column.column_path().string()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::io::Write;
+    use std::path::PathBuf;
+
+    fn fixture(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/data").join(path)
+    }
+
+    fn rows(path: &Path) -> Result<Vec<Value>, Error> {
+        let mut all = Vec::new();
+        read_blocks(path, None, &mut |block| {
+            for (line, row) in block.rows() {
+                all.push(row.value().map_err(|reason| Error::Record { path: path.into(), line, reason })?);
+            }
+            Ok(true)
+        })?;
+        Ok(all)
+    }
+
+    fn written(name: &str, bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn every_format_holds_the_same_rows() {
+        let text = std::fs::read(fixture("clair_mini/train.jsonl")).unwrap();
+        let want = rows(&fixture("clair_mini/train.jsonl")).unwrap();
+        assert_eq!(want.len(), 64);
+        let array = serde_json::to_vec_pretty(&want).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(&text).unwrap();
+        let zst = zstd::encode_all(text.as_slice(), 1).unwrap();
+        let with_mark = [b"\xef\xbb\xbf".as_slice(), &text].concat();
+        let windows = String::from_utf8(text.clone()).unwrap().replace('\n', "\r\n\r\n").into_bytes();
+        let cases: [(&str, Vec<u8>); 7] = [
+            ("a.json", array.clone()),
+            ("a.json", text.clone()),
+            ("a.jsonl.gz", gz.finish().unwrap()),
+            ("a.jsonl.zst", zst),
+            ("a.json.zst", zstd::encode_all(array.as_slice(), 1).unwrap()),
+            ("a.jsonl", with_mark),
+            ("a.jsonl", windows),
+        ];
+        for (name, bytes) in cases {
+            let (_dir, path) = written(name, &bytes);
+            assert!(rows(&path).unwrap() == want, "{name}");
+        }
+        let parquet = rows(&fixture("clair_mini_parquet/train.parquet")).unwrap();
+        assert_eq!(parquet.len(), 64);
+        assert_eq!(parquet[5]["chosen"], want[5]["chosen"]);
+    }
+
+    #[test]
+    fn lines_longer_than_a_block_stay_whole() {
+        let long = json!({"chosen": "x".repeat(3 * BLOCK + 17), "rejected": "y"});
+        let (_dir, path) = written("a.jsonl", format!("{{\"a\": 1}}\n{long}\n{{\"b\": 2}}").as_bytes());
+        let rows = rows(&path).unwrap();
+        assert_eq!(rows.len(), 3);
+        assert!(rows[1] == long);
+    }
+
+    #[test]
+    fn csv_cells_are_text_and_empty_ones_null() {
+        let (_dir, path) = written("a.csv", b"prompt,chosen,rejected\n\"a, \"\"b\"\"\",\"c\nd\",\nx,y\n");
+        let error = rows(&path).unwrap_err().to_string();
+        assert!(error.contains("a.csv:4") && error.contains("2 fields"), "{error}");
+        let (_dir, path) = written("a.csv", b"prompt,chosen,rejected\n\"a, \"\"b\"\"\",\"c\nd\",\n");
+        assert_eq!(rows(&path).unwrap(), [json!({"prompt": "a, \"b\"", "chosen": "c\nd", "rejected": null})]);
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        let (_dir, path) = written("a.jsonl", b"{}\n\n{\"a\":\n{}\n");
+        assert!(rows(&path).unwrap_err().to_string().contains("a.jsonl:3: not valid JSON"));
+        let (_dir, path) = written("a.json", b"[{},\n{\"a\": }]");
+        assert!(rows(&path).unwrap_err().to_string().contains("a.json:2"));
+        let (_dir, path) = written("a.jsonl.gz", b"not gzip at all");
+        assert!(rows(&path).is_err());
+    }
+
+    #[test]
+    fn damaged_parquet_files_are_errors() {
+        let whole = std::fs::read(fixture("clair_mini_parquet/test.parquet")).unwrap();
+        let (_dir, path) = written("a.parquet", &whole);
+        let mut broken = 0;
+        for at in (0..whole.len()).step_by(7) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x81;
+            std::fs::write(&path, &bytes).unwrap();
+            broken += usize::from(rows(&path).is_err());
+        }
+        assert!(broken > 20, "{broken}");
+    }
 }

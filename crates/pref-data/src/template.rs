@@ -120,7 +120,7 @@ fn plain_generation(source: &str) -> String {
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
         out.push_str(&rest[..start]);
-        let Some(end) = rest[start..].find("%}").map(|at| start + at + 2) else { break };
+        let Some(end) = rest[start + 2..].find("%}").map(|at| start + at + 4) else { break };
         let tag = &rest[start..end];
         let name = tag[2..tag.len() - 2].trim_matches(['-', '+', ' ', '\t', '\r', '\n']);
         match name {
@@ -258,6 +258,7 @@ mod tests {
         shows("{{ 'a' is sequence }}{{ {} is sequence }}{{ 1 is iterable }}", "TrueTrueFalse");
         shows("{%- generation -%} {% set a = 1 %}b {%- endgeneration %}{{ a }}", "b");
         shows("{{ tools is none }}{{ documents }}", "TrueNone");
+        assert!(ChatTemplate::new("a{%} b %}", Map::new(), DateTime::MIN).is_err());
     }
 
     #[test]

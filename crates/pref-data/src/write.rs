@@ -1,7 +1,7 @@
 //! Writing: whole files atomically, logs by appending, pairs as Parquet.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Error as Io, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,10 +11,13 @@ use serde_json::Value;
 
 use crate::Error;
 
+/// Rows converted at a time.
+const BATCH: usize = 1024;
+
 /// Writes a file so that it is there whole or not at all: a temporary file beside it, fsync, rename.
 pub fn write_atomic(
     path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    write: impl FnOnce(&mut (dyn Write + Send)) -> std::io::Result<()>,
 ) -> Result<(), Error> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = || Error::io(path);
@@ -84,22 +87,20 @@ impl JsonlAppender {
 /// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`.
 pub fn write_parquet_pairs(path: &Path, rows: &[Value]) -> Result<(), Error> {
     let schema = Arc::new(pair_schema());
-    let broken =
-        |e: String| Error::Dataset { path: path.into(), reason: format!("writing Parquet failed: {e}") };
-    let mut decoder = arrow_json::ReaderBuilder::new(schema.clone())
-        .with_batch_size(rows.len().max(1))
-        .build_decoder()
-        .map_err(|e| broken(e.to_string()))?;
-    decoder.serialize(rows).map_err(|e| broken(e.to_string()))?;
-    let batch = decoder.flush().map_err(|e| broken(e.to_string()))?;
     write_atomic(path, |out| {
-        let mut buffer = Vec::new();
-        let mut writer = ArrowWriter::try_new(&mut buffer, schema, None).map_err(std::io::Error::other)?;
-        if let Some(batch) = batch {
-            writer.write(&batch).map_err(std::io::Error::other)?;
+        let mut writer = ArrowWriter::try_new(out, schema.clone(), None).map_err(Io::other)?;
+        for rows in rows.chunks(BATCH) {
+            let mut decoder = arrow_json::ReaderBuilder::new(schema.clone())
+                .with_batch_size(rows.len())
+                .build_decoder()
+                .map_err(Io::other)?;
+            decoder.serialize(rows).map_err(Io::other)?;
+            if let Some(batch) = decoder.flush().map_err(Io::other)? {
+                writer.write(&batch).map_err(Io::other)?;
+            }
         }
-        writer.close().map_err(std::io::Error::other)?;
-        out.write_all(&buffer)
+        writer.close().map_err(Io::other)?;
+        Ok(())
     })
 }
 
