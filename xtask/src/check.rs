@@ -1,7 +1,8 @@
 //! Comparisons that need a Python environment with the peers in it.
 
 use std::env;
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
@@ -9,23 +10,49 @@ use anyhow::{Context, Result, bail};
 use crate::cargo::{cargo, root};
 
 /// `check templates`: chat templates on random conversations, rendered by transformers and by us.
+/// `check tokens`: random preference rows, tokenized by TRL's trainers and by us.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let [what, flag, venv, directories @ ..] = args else { bail!(USAGE) };
-    if what != "templates" || flag != "--trl" {
+    if flag != "--trl" {
         bail!(USAGE);
     }
-    let cases = env::temp_dir().join(format!("chat-template-cases-{}.jsonl", std::process::id()));
-    let python = PathBuf::from(venv).join("bin/python");
-    let script = root().join("fixtures/make/chat_templates.py");
-    let made = Command::new(&python).arg(script).arg(&cases).args(directories).status();
-    if !made.with_context(|| format!("cannot run {}", python.display()))?.success() {
-        bail!("rendering with transformers failed");
-    }
-    let example = ["run", "--release", "--quiet", "--package", "pref-data", "--example", "templates"];
-    let status = cargo(&example).arg("--").arg(&cases).status().context("cannot run cargo")?;
-    std::fs::remove_file(&cases).ok();
+    let place = env::temp_dir().join(format!("check-{what}-{}", std::process::id()));
+    let mut more: Vec<OsString> = directories.iter().map(OsString::from).collect();
+    let script = match what.as_str() {
+        "templates" => "chat_templates.py",
+        "tokens" => {
+            if more.is_empty() {
+                let models =
+                    ["tiny-qwen3", "tiny-qwen2", "tiny-llama", "tiny-mistral", "tiny-opt", "tiny-gemma2"];
+                more = models.map(|name| root().join("fixtures/models").join(name).into()).to_vec();
+            }
+            "tokens.py"
+        }
+        _ => bail!(USAGE),
+    };
+    python(Path::new(venv), script, &place, &more)?;
+    let example = ["run", "--release", "--quiet", "--package", "pref-data", "--example", what];
+    let status = cargo(&example).arg("--").arg(&place).status().context("cannot run cargo")?;
+    std::fs::remove_dir_all(&place).or_else(|_| std::fs::remove_file(&place)).ok();
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]\n\
-    DIR holds *.jinja files; without one the templates that the trl package ships are taken";
+fn python(venv: &Path, script: &str, place: &Path, more: &[OsString]) -> Result<()> {
+    let python: PathBuf = venv.join("bin/python");
+    let script = root().join("fixtures/make").join(script);
+    let mut command = Command::new(&python);
+    command
+        .arg(script)
+        .arg(place)
+        .args(more)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_DATASETS_DISABLE_PROGRESS_BARS", "1");
+    let status = command.env("TRANSFORMERS_VERBOSITY", "error").env("TRL_LOG_LEVEL", "error").status();
+    if !status.with_context(|| format!("cannot run {}", python.display()))?.success() {
+        bail!("the Python side failed");
+    }
+    Ok(())
+}
+
+const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]   *.jinja files; by default those of the trl package\n\
+    cargo xtask check tokens --trl VENV [MODEL_DIR ...]   by default the tokenizers of the fixtures";

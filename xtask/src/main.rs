@@ -32,7 +32,8 @@ cargo xtask bench head                GFLOP/s of the parts of a training step
 cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
-cargo xtask check templates --trl VENV [DIR ...]   chat templates against transformers";
+cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers
+cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
