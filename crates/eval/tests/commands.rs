@@ -128,3 +128,79 @@ fn scores_are_the_peers() {
     assert!((mean("chosen") + 548.309_448).abs() < 5e-3, "{}", mean("chosen"));
     assert!((mean("rejected") + 479.735_962).abs() < 5e-3, "{}", mean("rejected"));
 }
+
+fn eval_data(dir: &Path, args: &[&str]) -> Output {
+    let mut eval = Command::new(env!("CARGO_BIN_EXE_eval"));
+    eval.current_dir(dir).arg("data").args(args).output().unwrap()
+}
+
+#[test]
+fn a_preference_set_is_described_beside_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let pair = |id: &str, prompt: &str, chosen: &str, rejected: &str| {
+        json!({"id": id, "chosen": [turn("user", prompt), turn("assistant", chosen)],
+               "rejected": [turn("user", prompt), turn("assistant", rejected)]})
+        .to_string()
+    };
+    let train = [
+        pair("a", "Why is the sky blue?", "Rayleigh scattering of light.", "Rayleigh scatters light."),
+        pair("b", "why  is the SKY blue?", "Because it is.", "Because it is so."),
+        pair("c", "Name a colour.", "Red.", "Red."),
+    ];
+    let test = [pair("d", "Name a colour.", "Blue, as the sky.", "Blue")];
+    fs::create_dir(dir.path().join("set")).unwrap();
+    fs::write(dir.path().join("set/train.jsonl"), train.join("\n")).unwrap();
+    fs::write(dir.path().join("set/test.jsonl"), test.join("\n")).unwrap();
+    let other = fixtures().join("data/clair_mini_kto");
+    let output =
+        eval_data(dir.path(), &["--dataset", "set", "--against", other.to_str().unwrap(), "--out", "report"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value =
+        serde_json::from_str(&fs::read_to_string(dir.path().join("report/report.json")).unwrap()).unwrap();
+    let set = &report["sets"][0];
+    assert_eq!(set["rows"], 4);
+    assert_eq!(set["duplicates"], json!({"prompts": 1, "rows": 0, "identical_pairs": 1}));
+    assert_eq!(set["leakage"], json!([{"split": "test", "of": "train", "prompts": 1}]));
+    // "ing of" to "s", " so", nothing, ", as the sky.".
+    assert_eq!(set["contrast"]["levenshtein"]["mean"], (6.0 + 3.0 + 0.0 + 13.0) / 4.0);
+    assert_eq!(set["length_bias"]["longer_is_chosen"], (1.0 + 0.0 + 0.5 + 1.0) / 4.0);
+    assert_eq!(report["sets"][1]["desirable"], 80);
+    let page = fs::read_to_string(dir.path().join("report/report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 10 && page.contains("character Levenshtein distance"));
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert!(table.contains("prompts of test that stand in train: 1"), "{table}");
+    // In tokens instead of words.
+    let model = fixtures().join("models/tiny-qwen2");
+    let in_tokens = ["--dataset", "set", "--model", model.to_str().unwrap(), "--out", "tokens"];
+    assert!(eval_data(dir.path(), &in_tokens).status.success());
+}
+
+#[test]
+fn unusable_data_says_what_was_expected() {
+    let dir = tempfile::tempdir().unwrap();
+    let fails = |args: &[&str], says: &str| {
+        let output = eval_data(dir.path(), &[args, &["--out", "report"]].concat());
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
+    };
+    fs::write(dir.path().join("a.jsonl"), "{\"question\": \"q\", \"good\": \"a\", \"bad\": \"b\"}\n")
+        .unwrap();
+    fails(&["--dataset", "a.jsonl"], "--columns chosen=better");
+    fails(&["--dataset", "a.jsonl", "--columns", "chosen=nothing"], "no column \"nothing\"");
+    fails(&["--dataset", "nowhere"], "no such file");
+    fails(
+        &["--dataset", "a.jsonl", "--columns", "chosen=good", "rejected=bad", "--split", "dev"],
+        "no split \"dev\"",
+    );
+    fs::write(
+        dir.path().join("b.jsonl"),
+        "{\"chosen\": \"a\", \"rejected\": \"b\"}\n{\"chosen\": null, \"rejected\": \"b\"}\n",
+    )
+    .unwrap();
+    fails(&["--dataset", "b.jsonl"], "b.jsonl:2");
+    let output = eval_data(dir.path(), &["--dataset", "b.jsonl", "--skip-invalid-rows", "--out", "report"]);
+    assert!(
+        output.status.success() && String::from_utf8_lossy(&output.stdout).contains("left out (unusable): 1")
+    );
+}
