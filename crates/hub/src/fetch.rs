@@ -36,7 +36,7 @@ pub(crate) fn agent() -> Agent {
         .max_redirects(0)
         .max_redirects_will_error(false)
         .timeout_connect(Some(Duration::from_secs(20)))
-        .timeout_recv_response(Some(Duration::from_secs(60)))
+        .timeout_recv_response(Some(Duration::from_mins(1)))
         .user_agent(concat!("clair-apo/", env!("CARGO_PKG_VERSION")))
         .build()
         .new_agent()
@@ -98,7 +98,7 @@ impl Hub {
                 Err(Failure::Transient(reason, asked)) => {
                     last = reason;
                     if number < ATTEMPTS {
-                        sleep(asked.unwrap_or(wait).min(Duration::from_secs(60)));
+                        sleep(asked.unwrap_or(wait).min(Duration::from_mins(1)));
                         wait *= 2;
                     }
                 }
@@ -212,8 +212,7 @@ fn is_whole(part: &Path, facts: &Facts) -> std::io::Result<bool> {
     }
     let mut hasher = Sha256::new();
     std::io::copy(&mut file, &mut hasher)?;
-    let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(hex == facts.etag)
+    Ok(format!("{:x}", hasher.finalize()) == facts.etag)
 }
 
 fn check(url: &str, response: &Response<Body>) -> Result<(), Failure> {

@@ -51,11 +51,18 @@ impl Words {
 #[derive(Debug)]
 pub(crate) struct FastEncoder {
     /// Added tokens found in the text as it is, and those found after normalization.
-    tokens: [Option<(AhoCorasick, Vec<u32>)>; 2],
+    tokens: [Finder; 2],
     nfc: bool,
     stages: Vec<Stage>,
     letters: [char; 256],
     affixes: [Vec<u32>; 2],
+}
+
+/// Finds added tokens of one kind.
+#[derive(Debug)]
+struct Finder {
+    automaton: AhoCorasick,
+    ids: Vec<u32>,
 }
 
 /// One pre-tokenizer.
@@ -152,16 +159,14 @@ impl FastEncoder {
         words: &mut Words,
         ids: &mut Vec<u32>,
     ) -> Option<()> {
-        let Some(found) = self.tokens.get(kind) else {
+        let Some(finder) = self.tokens.get(kind) else {
             return self.pieces(inner, text, 0, words, ids);
         };
         let mut from = 0;
-        if let Some((finder, token_ids)) = found {
-            for token in finder.find_iter(text) {
-                self.between_tokens(inner, &text[from..token.start()], kind + 1, words, ids)?;
-                ids.push(token_ids[token.pattern().as_usize()]);
-                from = token.end();
-            }
+        for token in finder.automaton.find_iter(text) {
+            self.between_tokens(inner, &text[from..token.start()], kind + 1, words, ids)?;
+            ids.push(finder.ids[token.pattern().as_usize()]);
+            from = token.end();
         }
         self.between_tokens(inner, &text[from..], kind + 1, words, ids)
     }
@@ -299,16 +304,13 @@ fn split(pattern: &str, keep_gaps: bool) -> Option<Stage> {
     Some(Stage::Split { regex: regex.ok()?, lookahead: head.is_some(), keep_gaps })
 }
 
-fn finder(tokens: &[AddedToken], normalized: bool) -> Option<Option<(AhoCorasick, Vec<u32>)>> {
+fn finder(tokens: &[AddedToken], normalized: bool) -> Option<Finder> {
     let of_kind: Vec<&AddedToken> = tokens.iter().filter(|token| token.normalized == normalized).collect();
-    if of_kind.is_empty() {
-        return Some(None);
-    }
-    let finder = AhoCorasick::builder()
+    let automaton = AhoCorasick::builder()
         .match_kind(MatchKind::LeftmostLongest)
         .build(of_kind.iter().map(|token| &token.content))
         .ok()?;
-    Some(Some((finder, of_kind.iter().map(|token| token.id).collect())))
+    Some(Finder { automaton, ids: of_kind.iter().map(|token| token.id).collect() })
 }
 
 /// What the post-processor puts before and after a text.

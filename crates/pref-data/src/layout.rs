@@ -171,10 +171,10 @@ impl fmt::Display for Layout {
             Kind::Pairs => {
                 write!(f, "pairs of {what} in {:?} and {:?}, ", column("chosen"), column("rejected"))?;
                 match self.columns.get("prompt") {
-                    Some(name) if !self.prompt_unused => write!(f, "prompt in {name:?}")?,
-                    Some(name) => {
-                        write!(f, "prompt from their common start ({name:?} is text and not used)")?
+                    Some(name) if self.prompt_unused => {
+                        write!(f, "prompt from their common start ({name:?} is text and not used)")?;
                     }
+                    Some(name) => write!(f, "prompt in {name:?}")?,
                     None => write!(f, "prompt from their common start")?,
                 }
             }

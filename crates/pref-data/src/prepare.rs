@@ -15,7 +15,7 @@ use crate::encode::Words;
 use crate::layout::unpair;
 use crate::read::layout_of;
 use crate::rows::{Block, Text, read_blocks};
-use crate::tokens::TokenWriter;
+use crate::token_file::TokenWriter;
 use crate::{Error, Kind, Layout, PairTokens, Row, TokenSet, Tokenizer, hash_file, write_atomic};
 
 /// Rows that TRL unpairs at a time.

@@ -141,7 +141,7 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, sink: Sink) -> Result<(), Err
             let cut = block.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
             pending = block.split_off(cut);
         }
-        let count = block.iter().filter(|&&b| b == b'\n').count();
+        let count = memchr::memchr_iter(b'\n', &block).count();
         if !block.is_empty() && !sink(Block::Lines(first, block))? {
             return Ok(());
         }

@@ -25,7 +25,8 @@ struct Card {
 
 #[derive(Deserialize)]
 struct Config {
-    config_name: String,
+    #[serde(rename = "config_name")]
+    name: String,
     #[serde(default)]
     default: bool,
     data_dir: Option<String>,
@@ -69,13 +70,12 @@ pub fn resolve(
                 Some(dir) => format!("{}/{path}", dir.trim_end_matches('/')),
                 None => path.to_string(),
             };
-            match &chosen.data_files {
-                Some(patterns) => by_patterns(&files, patterns, inside)?,
-                None => {
-                    let start = inside("");
-                    let files = files.iter().filter(|file| file.starts_with(&start));
-                    by_names(&files.cloned().collect::<Vec<_>>())
-                }
+            if let Some(patterns) = &chosen.data_files {
+                by_patterns(&files, patterns, inside)?
+            } else {
+                let start = inside("");
+                let files = files.iter().filter(|file| file.starts_with(&start));
+                by_names(&files.cloned().collect::<Vec<_>>())
             }
         }
         None => by_names(&files),
@@ -118,9 +118,9 @@ fn configs(card: &str) -> Result<Vec<Config>, String> {
 }
 
 fn choose<'a>(configs: &'a [Config], wanted: Option<&str>) -> Result<Option<&'a Config>, String> {
-    let names = || configs.iter().map(|c| c.config_name.as_str()).collect::<Vec<_>>().join(", ");
+    let names = || configs.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", ");
     if let Some(wanted) = wanted {
-        let found = configs.iter().find(|config| config.config_name == wanted);
+        let found = configs.iter().find(|config| config.name == wanted);
         return found.map(Some).ok_or_else(|| match configs {
             [] => format!("has no configuration {wanted:?}: its card names none; leave --dataset-config out"),
             _ => format!("has no configuration {wanted:?}; there are {}", names()),
@@ -130,7 +130,7 @@ fn choose<'a>(configs: &'a [Config], wanted: Option<&str>) -> Result<Option<&'a 
         [] => Ok(None),
         [only] => Ok(Some(only)),
         _ => {
-            let default = configs.iter().find(|config| config.default || config.config_name == "default");
+            let default = configs.iter().find(|config| config.default || config.name == "default");
             let missing =
                 || format!("has several configurations; choose one with --dataset-config: {}", names());
             default.map(Some).ok_or_else(missing)
@@ -178,6 +178,9 @@ pub(crate) fn glob(pattern: &str) -> Result<GlobMatcher, String> {
     glob.map(|glob| glob.compile_matcher()).map_err(|e| format!("pattern {pattern:?}: {e}"))
 }
 
+/// Whether a file belongs to the split that a word means.
+type Rule = fn(&str, &str) -> bool;
+
 /// The splits that names alone tell: `data/train-00000-of-00002.parquet`, then directories, then files with a
 /// split's name in theirs, else everything is `train`.
 fn by_names(files: &[String]) -> Vec<SplitFiles> {
@@ -190,16 +193,15 @@ fn by_names(files: &[String]) -> Vec<SplitFiles> {
     if let Some(pairs) = ["pairs.parquet", "pairs.jsonl"].into_iter().find(|n| files.iter().any(|f| f == n)) {
         return vec![("train".into(), vec![pairs.into()])];
     }
-    let directory = |file: &str, word: &str| {
+    let directory: Rule = |file, word| {
         file.rsplit_once('/').is_some_and(|(dir, _)| dir.split('/').any(|part| is_word_of(part, word)))
     };
-    let name = |file: &str, word: &str| {
+    let name: Rule = |file, word| {
         let name = file.rsplit('/').next().unwrap_or(file);
         let stem = name.split('.').next().unwrap_or(name);
         is_word_of(stem, word)
     };
-    let rules: [&dyn Fn(&str, &str) -> bool; 2] = [&directory, &name];
-    for matches in rules {
+    for matches in [directory, name] {
         let of_split = |words: &[&str]| -> Vec<String> {
             let mut found: Vec<String> = Vec::new();
             for word in words {
@@ -228,7 +230,7 @@ fn by_names(files: &[String]) -> Vec<SplitFiles> {
 fn sharded(files: &[&String]) -> Vec<SplitFiles> {
     let split_of = |file: &str| -> Option<String> {
         let name = file.strip_prefix("data/").filter(|name| !name.contains('/'))?;
-        let (split, rest) = name.rsplit_once("-of-").map(|(start, rest)| (start, rest))?;
+        let (split, rest) = name.rsplit_once("-of-")?;
         let (split, number) = split.rsplit_once('-')?;
         let digits = |text: &str| text.len() >= 5 && text.bytes().take(5).all(|b| b.is_ascii_digit());
         (digits(number) && number.len() == 5 && digits(rest)).then(|| split.to_string())

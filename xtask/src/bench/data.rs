@@ -159,7 +159,7 @@ fn generate(file: &Path, rows: usize) -> Result<()> {
         let mut revised = answer.clone();
         for _ in 0..12 {
             let at = random.below(revised.len());
-            revised[at] = words[random.below(words.len())].clone();
+            revised[at].clone_from(&words[random.below(words.len())]);
         }
         let user = json!({"role": "user", "content": question.join(" ")});
         let turn = |words: &[String]| json!([user, {"role": "assistant", "content": words.join(" ")}]);

@@ -104,7 +104,7 @@ impl SetReport {
         let of_label = |what: &str, i: usize, label: bool, chars: bool| {
             let rows = rows.iter().filter(|row| row.label.is_none_or(|of_row| of_row == label));
             let value = |row: &&Numbers| f64::from(if chars { row.chars[i] } else { row.tokens[i] });
-            Distribution::new(what, rows.map(|row| value(row)).collect())
+            Distribution::new(what, rows.map(value).collect())
         };
         let lengths = vec![
             over("prompt", &|row| f64::from(row.tokens[0])),
@@ -283,18 +283,20 @@ pub fn table(report: &Report) -> String {
     lines.join("\n")
 }
 
+/// A distribution and its bars.
+#[derive(Serialize)]
+struct Picture<'a> {
+    distribution: &'a Distribution,
+    bars: &'a [Bar],
+    clipped: Option<f64>,
+}
+
 /// A self-contained page.
 pub fn html(report: &Report) -> Result<String> {
     let mut environment = Environment::new();
     environment
         .add_template("report.html", include_str!("../templates/data.html.j2"))
         .context("the template parses")?;
-    #[derive(Serialize)]
-    struct Picture<'a> {
-        distribution: &'a Distribution,
-        bars: &'a [Bar],
-        clipped: Option<f64>,
-    }
     let sets: Vec<minijinja::Value> = report
         .sets
         .iter()

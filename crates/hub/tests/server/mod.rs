@@ -97,7 +97,7 @@ impl Server {
         let Some(bytes) = self.files.get(name) else {
             return send("404 Not Found", "Content-Length: 0\r\n", b"");
         };
-        let sha: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha = format!("{:x}", Sha256::digest(bytes));
         let headers = format!(
             "Location: {}/storage/{name}\r\nX-Linked-Etag: \"{sha}\"\r\nX-Linked-Size: {}\r\nContent-Length: 0\r\n",
             self.storage,
