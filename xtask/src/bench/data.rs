@@ -187,7 +187,7 @@ fn words() -> Result<Vec<String>> {
 fn collect(value: &Value, words: &mut Vec<String>) {
     match value {
         Value::String(text) => {
-            words.extend(text.split(' ').filter(|word| !word.is_empty()).map(str::to_owned))
+            words.extend(text.split(' ').filter(|word| !word.is_empty()).map(str::to_owned));
         }
         Value::Array(items) => items.iter().for_each(|item| collect(item, words)),
         Value::Object(map) => map.values().for_each(|item| collect(item, words)),
