@@ -1,15 +1,29 @@
 //! Preference-optimization losses and rewards as pure functions on Burn tensors.
 //!
 //! Everything takes summed completion log-probabilities, one value a pair, and returns one value a
-//! pair; the caller reduces. With `c = log π(y_w|x) - log π_ref(y_w|x)` and `r` the same for the
-//! rejected completion `y_l`:
+//! pair; the caller reduces. With `c = log π(y_w|x) - log π_ref(y_w|x)`, `r` the same for the rejected
+//! completion `y_l`, `δ = s(c) - s(r)` the difference of their scores under an f-divergence (`c - r` for the
+//! usual reverse KL), `σ` the logistic function and `ε` the label smoothing:
 //!
 //! | function | per-pair loss | source |
 //! |---|---|---|
-//! | [`apo_zero`] | `(1 - σ(βc)) + σ(βr)` | arXiv 2408.06266, eq. 7 |
-//! | [`apo_down`] | `σ(βc) + (1 - σ(β(c - r)))` | arXiv 2408.06266, eq. 8 |
-//! | [`sigmoid`] | `-log σ(β(c - r))` | DPO, arXiv 2305.18290, eq. 7 |
-//! | [`sft`] | `-log π(y_w\|x)` a token | TRL `loss_type="sft"` |
+//! | [`apo_zero`] | `(1 - σ(βc)) + σ(βr)` | APO, arXiv 2408.06266, eq. 7 |
+//! | [`apo_down`] | `σ(βc) + (1 - σ(β(c - r)))` | APO, eq. 8 |
+//! | [`sigmoid`] | `-log σ(βδ)` | DPO, arXiv 2305.18290, eq. 7 |
+//! | [`sigmoid_norm`] | `-log σ(βδ)` with scores a token | TRL `sigmoid_norm` |
+//! | [`hinge`] | `max(0, 1 - βδ)` | SLiC, arXiv 2305.10425 |
+//! | [`ipo`] | `(δ - 1/(2β))²` with scores a token | IPO, arXiv 2310.12036, eq. 17 |
+//! | [`exo_pair`] | `KL(softmax(β·scores) ‖ (1 - ε, ε))` | EXO, arXiv 2402.00856, eq. 16 |
+//! | [`nca_pair`] | `-log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)` | NCA, arXiv 2402.05369 |
+//! | [`robust`] | `(-(1 - ε) log σ(βδ) + ε log σ(-βδ)) / (1 - 2ε)` | Robust DPO, arXiv 2403.00409 |
+//! | [`bco_pair`] | `-log σ(βc) - log σ(-βr)` | BCO, arXiv 2404.04656 |
+//! | [`sppo_hard`] | `(c - 1/(2β))² + (r + 1/(2β))²` | SPPO, arXiv 2405.00675, eq. 4.7 |
+//! | [`aot`] | smoothed `-log σ(β(sort(log π ratios) - sort(log π_ref ratios)))` | AOT, arXiv 2406.05882 |
+//! | [`aot_unpaired`] | smoothed `-log σ(β(sort(c) - sort(r)))` | AOT |
+//! | [`discopop`] | `(1 - m)·(-log σ(βδ)) + m·exp(-βδ)`, `m = σ(βδ/τ)` | DiscoPOP, arXiv 2406.08414, eq. 5 |
+//! | [`sft`] | `-log π(y_w\|x)` a token | TRL `sft` |
+//!
+//! All are the forms of TRL 1.16's `DPOTrainer._compute_loss`.
 //!
 //! ```
 //! use apo_loss::{PairLogps, apo_zero};
@@ -28,8 +42,15 @@
 //! assert_eq!(loss, [1.0, 1.0]);
 //! ```
 
+mod divergence;
+mod margin;
+mod pair;
+
 use burn::tensor::Tensor;
-use burn::tensor::activation::{log_sigmoid, sigmoid as logistic};
+
+pub use divergence::{Divergence, Scores};
+pub use margin::{discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm};
+pub use pair::{aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sft, sppo_hard};
 
 /// Summed completion log-probabilities, each `[pairs]`, in nats.
 #[derive(Debug, Clone)]
@@ -54,35 +75,6 @@ impl PairLogps {
     pub fn rejected_logratios(&self) -> Tensor<1> {
         self.rejected.clone() - self.ref_rejected.clone()
     }
-}
-
-/// APO-zero: raises the winners' likelihood and lowers the losers', each against the reference. For
-/// winners that are better than the model.
-pub fn apo_zero(pairs: &PairLogps, beta: f64) -> Tensor<1> {
-    let chosen = logistic(pairs.chosen_logratios() * beta);
-    let rejected = logistic(pairs.rejected_logratios() * beta);
-    (-chosen + 1.0) + rejected
-}
-
-/// APO-down: lowers both likelihoods, the loser's more. For a model that is better than the winners.
-pub fn apo_down(pairs: &PairLogps, beta: f64) -> Tensor<1> {
-    let chosen = pairs.chosen_logratios();
-    let margin = chosen.clone() - pairs.rejected_logratios();
-    logistic(chosen * beta) + (-logistic(margin * beta) + 1.0)
-}
-
-/// DPO: raises the margin between the two log-ratios.
-pub fn sigmoid(pairs: &PairLogps, beta: f64) -> Tensor<1> {
-    -log_sigmoid((pairs.chosen_logratios() - pairs.rejected_logratios()) * beta)
-}
-
-/// Cross-entropy of the chosen completions, averaged over the tokens of the batch.
-///
-/// `chosen_tokens` is the number of scored tokens of all chosen completions; the mean over pairs of
-/// what this returns is the token mean, as in TRL.
-pub fn sft(chosen_logps: Tensor<1>, chosen_tokens: usize) -> Tensor<1> {
-    let pairs = chosen_logps.dims()[0];
-    chosen_logps * -(pairs as f64 / chosen_tokens.max(1) as f64)
 }
 
 /// Implicit rewards `β · log π/π_ref` of both completions, detached, `[pairs]` each.

@@ -2,8 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use apo_loss::{PairLogps, apo_down, apo_zero, rewards, sft, sigmoid};
-use burn::tensor::{Device, Tensor};
+use apo_loss::{
+    Divergence, PairLogps, Scores, aot, aot_unpaired, apo_down, apo_zero, bco_pair, discopop, exo_pair,
+    hinge, ipo, nca_pair, rewards, robust, sft, sigmoid, sigmoid_norm, sppo_hard,
+};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 fn tensor(values: &[f32]) -> Tensor<1> {
     Tensor::from_floats(values, &Device::flex().autodiff())
@@ -28,6 +31,75 @@ fn close(got: Vec<f32>, want: &[f32]) {
     }
 }
 
+/// The log-probabilities of the values below.
+fn example() -> PairLogps {
+    pairs(&[-10.0, -300.0, -55.5], &[-20.0, -310.0, -70.0], &[-12.0, -290.0, -55.5], &[-15.0, -330.0, -69.0])
+}
+
+fn usual(pairs: &PairLogps) -> Scores {
+    pairs.scores(Divergence::ReverseKl)
+}
+
+/// ```python
+/// import math, torch, torch.nn.functional as F
+/// c, rc = torch.tensor([-10., -300., -55.5]), torch.tensor([-12., -290., -55.5])
+/// r, rr = torch.tensor([-20., -310., -70.]), torch.tensor([-15., -330., -69.])
+/// cl, rl, b, e, tau, ls = c - rc, r - rr, 0.1, 0.1, 0.05, F.logsigmoid
+/// lc, lr = torch.tensor([5., 150., 20.]), torch.tensor([8., 140., 25.])
+/// d, nd, s = cl - rl, cl/lc - rl/lr, lambda x: torch.sort(x)[0]
+/// sm = lambda x: -ls(x)*(1-e) - ls(-x)*e
+/// print(torch.relu(1 - b*d))                                                   # hinge
+/// print((nd - 1/(2*b))**2)                                                     # ipo
+/// print(-ls(b*nd))                                                             # sigmoid_norm
+/// print(torch.sigmoid(b*d)*(ls(b*d)-math.log1p(-e)) + torch.sigmoid(-b*d)*(ls(-b*d)-math.log(e)))  # exo_pair
+/// print(-ls(b*cl) - .5*ls(-b*cl) - .5*ls(-b*rl))                               # nca_pair
+/// print((-(1-e)*ls(b*d) + e*ls(-b*d))/(1-2*e))                                 # robust
+/// print(-ls(b*cl) - ls(-b*rl))                                                 # bco_pair
+/// print((cl-.5/b)**2 + (rl+.5/b)**2)                                           # sppo_hard
+/// print(sm(b*(s(c-r) - s(rc-rr))))                                             # aot
+/// print(sm(b*(s(cl) - s(rl))))                                                 # aot_unpaired
+/// m = torch.sigmoid(b*d/tau)
+/// print(-ls(b*d)*(1-m) + torch.exp(-b*d)*m)                                    # discopop
+/// ```
+#[test]
+fn every_other_loss_has_its_value_in_pytorch() {
+    let p = example();
+    let scores = usual(&p);
+    let per_token = scores.per_token(tensor(&[5.0, 150.0, 20.0]), tensor(&[8.0, 140.0, 25.0]));
+    let near = |got: Tensor<1>, want: [f32; 3]| {
+        let got = host(got);
+        for (g, w) in got.iter().zip(want) {
+            assert!((g - w).abs() < 1e-6 * w.abs().max(1.0), "{got:?} is not {want:?}");
+        }
+    };
+    near(hinge(&scores, 0.1), [0.3, 4.0, 0.9]);
+    near(ipo(&per_token, 0.1), [15.800_624, 27.139_137, 24.601_601]);
+    near(sigmoid_norm(&per_token, 0.1), [0.643_209_87, 0.703_678_25, 0.691_149_18]);
+    near(exo_pair(&scores, 0.1, 0.1), [0.198_971_91, 2.007_515, 0.457_189_14]);
+    near(nca_pair(&p, 0.1), [1.234_246_7, 2.533_356_7, 1.361_919_2]);
+    near(robust(&scores, 0.1, 0.1), [0.315_686_05, 3.423_587_1, 0.631_896_67]);
+    near(bco_pair(&p, 0.1), [1.072_215_8, 3.440_189_8, 1.337_543_8]);
+    near(sppo_hard(&p, 0.1), [9.0, 850.0, 41.0]);
+    near(aot(&p, 0.1, 0.1), [0.473_186_05, 0.848_382_06, 2.370_183]);
+    near(aot_unpaired(&p, 0.1, 0.1), [0.924_076_97, 0.654_396_65, 1.772_977_6]);
+    near(discopop(&scores, 0.1, 0.05), [0.496_585_22, 3.048_587_3, 0.873_792_11]);
+}
+
+/// ```python
+/// cl, rl = cl / 10, rl / 10
+/// for f in [lambda x: 1 - torch.exp(-x), lambda x: math.log(2) + ls(x), lambda x: (torch.exp(-0.5*x) - 1)/-0.5]:
+///     print(-ls(b*(f(cl) - f(rl))))
+/// ```
+#[test]
+fn divergences_change_the_scores() {
+    let p = pairs(&[-1.0, -30.0, -5.55], &[-2.0, -31.0, -7.0], &[-1.2, -29.0, -5.55], &[-1.5, -33.0, -6.9]);
+    let loss = |divergence| host(sigmoid(&p.scores(divergence), 0.1));
+    close(loss(Divergence::ForwardKl), &[0.652_508_5, 0.830_610_99, 0.687_902_45]);
+    close(loss(Divergence::JensenShannon), &[0.674_526_93, 0.754_222_1, 0.690_588]);
+    close(loss(Divergence::Alpha(0.5)), &[0.655_947_15, 0.829_411_8, 0.688_033_22]);
+    assert_eq!(loss(Divergence::Alpha(1.0)), loss(Divergence::ReverseKl));
+}
+
 /// ```python
 /// import torch, torch.nn.functional as F
 /// c = torch.tensor([-10., -300., -55.5]) - torch.tensor([-12., -290., -55.5]); b = 0.1
@@ -38,15 +110,10 @@ fn close(got: Vec<f32>, want: &[f32]) {
 /// ```
 #[test]
 fn values_are_those_of_the_formulas_in_pytorch() {
-    let p = pairs(
-        &[-10.0, -300.0, -55.5],
-        &[-20.0, -310.0, -70.0],
-        &[-12.0, -290.0, -55.5],
-        &[-15.0, -330.0, -69.0],
-    );
+    let p = example();
     close(host(apo_zero(&p, 0.1)), &[0.827_706_7, 1.611_855_7, 0.975_020_8]);
     close(host(apo_down(&p, 0.1)), &[0.881_646_3, 1.221_515_5, 0.975_020_8]);
-    close(host(sigmoid(&p, 0.1)), &[0.403_186_0, 3.048_587_3, 0.644_396_7]);
+    close(host(sigmoid(&usual(&p), 0.1)), &[0.403_186_0, 3.048_587_3, 0.644_396_7]);
     let (chosen, rejected) = rewards(&p, 0.1);
     close(host(chosen), &[0.2, -1.0, 0.0]);
     close(host(rejected), &[-0.5, 2.0, -0.1]);
@@ -62,19 +129,77 @@ fn at_the_start_the_gradients_are_those_of_the_paper() {
     };
     close(gradient(apo_zero).to_vec(), &[-0.075, 0.075]);
     close(gradient(apo_down).to_vec(), &[0.0, 0.075]);
-    close(gradient(sigmoid).to_vec(), &[-0.15, 0.15]);
+    close(gradient(|p, beta| sigmoid(&usual(p), beta)).to_vec(), &[-0.15, 0.15]);
+}
+
+type Loss = (&'static str, fn(&PairLogps) -> Tensor<1>);
+
+/// Every loss with settings of its own.
+fn losses() -> Vec<Loss> {
+    vec![
+        ("apo_zero", |p| apo_zero(p, 0.3)),
+        ("apo_down", |p| apo_down(p, 0.3)),
+        ("sigmoid", |p| sigmoid(&usual(p), 0.3)),
+        ("forward_kl", |p| sigmoid(&p.scores(Divergence::ForwardKl), 0.3)),
+        ("js_divergence", |p| sigmoid(&p.scores(Divergence::JensenShannon), 0.3)),
+        ("alpha_divergence", |p| sigmoid(&p.scores(Divergence::Alpha(0.4)), 0.3)),
+        ("hinge", |p| hinge(&usual(p), 0.3)),
+        ("ipo", |p| ipo(&usual(p), 0.3)),
+        ("exo_pair", |p| exo_pair(&usual(p), 0.3, 0.01)),
+        ("nca_pair", |p| nca_pair(p, 0.3)),
+        ("robust", |p| robust(&usual(p), 0.3, 0.2)),
+        ("bco_pair", |p| bco_pair(p, 0.3)),
+        ("sppo_hard", |p| sppo_hard(p, 0.3)),
+        ("aot", |p| aot(p, 0.3, 0.1)),
+        ("aot_unpaired", |p| aot_unpaired(p, 0.3, 0.1)),
+        ("discopop", |p| discopop(&usual(p), 0.3, 0.05)),
+    ]
+}
+
+/// Pairs in `f64`: differences of 1e-5 are exact enough for slopes.
+fn precise(values: [[f64; 3]; 4]) -> PairLogps {
+    let device = Device::flex().autodiff();
+    let [chosen, rejected, ref_chosen, ref_rejected] =
+        values.map(|row| Tensor::<1>::from_data(TensorData::from(row), (&device, DType::F64)));
+    PairLogps { chosen: chosen.require_grad(), rejected: rejected.require_grad(), ref_chosen, ref_rejected }
+}
+
+#[test]
+fn gradients_are_the_slopes() {
+    let values = [[-10.0, -30.0, -5.5], [-12.0, -31.7, -7.0], [-11.0, -29.3, -5.0], [-11.2, -33.0, -6.1]];
+    let sum = |loss: fn(&PairLogps) -> Tensor<1>, values| {
+        let total: Vec<f64> = loss(&precise(values)).sum().into_data().try_into_vec().unwrap();
+        total[0]
+    };
+    for (name, loss) in losses() {
+        let p = precise(values);
+        let grads = loss(&p).sum().backward();
+        let gradient = |tensor: &Tensor<1>| -> Vec<f64> {
+            tensor.grad(&grads).unwrap().into_data().try_into_vec().unwrap()
+        };
+        for (side, gradient) in [gradient(&p.chosen), gradient(&p.rejected)].into_iter().enumerate() {
+            for (i, got) in gradient.into_iter().enumerate() {
+                let moved = |by: f64| {
+                    let mut values = values;
+                    values[side][i] += by;
+                    sum(loss, values)
+                };
+                let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                assert!((got - slope).abs() < 1e-7 * slope.abs().max(1.0), "{name}: {got} is not {slope}");
+            }
+        }
+    }
 }
 
 #[test]
 fn extreme_log_probabilities_give_finite_losses_and_gradients() {
-    for loss in [apo_zero, apo_down, sigmoid] {
+    for (name, loss) in losses() {
         let p = pairs(&[-3000.0, -2500.0], &[-2500.0, -3000.0], &[-2500.0, -3000.0], &[-3000.0, -2500.0]);
-        let value = loss(&p, 0.5);
+        let value = loss(&p);
         let grads = value.clone().sum().backward();
-        for values in
-            [host(value), host(p.chosen.grad(&grads).unwrap()), host(p.rejected.grad(&grads).unwrap())]
-        {
-            assert!(values.iter().all(|v| v.is_finite()), "{values:?}");
+        let all = [host(value), host(p.chosen.grad(&grads).unwrap()), host(p.rejected.grad(&grads).unwrap())];
+        for values in all {
+            assert!(values.iter().all(|v| v.is_finite()), "{name}: {values:?}");
         }
     }
 }

@@ -185,5 +185,6 @@ pub struct DataArgs {
 
 /// The time that chat templates are told.
 pub fn template_time(day: Option<jiff::civil::Date>) -> jiff::civil::DateTime {
-    day.map_or_else(|| jiff::ZonedDateTime::now().datetime(), |day| day.at(0, 0, 0, 0))
+    // The day alone: with the time of day no two starts would have the same tokens.
+    day.unwrap_or_else(|| jiff::ZonedDateTime::now().date()).at(0, 0, 0, 0)
 }

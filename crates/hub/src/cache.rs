@@ -25,6 +25,27 @@ impl Folder {
         self.0.join("blobs").join(etag)
     }
 
+    pub fn lock(&self, etag: &str) -> PathBuf {
+        self.0.join(".locks").join(format!("{etag}.lock"))
+    }
+
+    /// Names of all files of a commit, as the Hub listed them; `None` where nobody wrote them down.
+    pub fn listing(&self, commit: &str) -> Option<Vec<String>> {
+        let text = fs::read_to_string(self.0.join("listings").join(commit)).ok()?;
+        Some(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Writes the names of all files of a commit down: what is there may be a part of them.
+    pub fn list(&self, commit: &str, files: &[String]) -> Result<(), Error> {
+        let path = self.0.join("listings").join(commit);
+        if path.exists() {
+            return Ok(());
+        }
+        create_parent(&path)?;
+        let text = files.join("\n");
+        Ok(write_atomic(&path, |out| out.write_all(text.as_bytes()))?)
+    }
+
     /// The commit of a revision: remembered, or itself where its files are there.
     pub fn commit(&self, revision: &str) -> Option<String> {
         let remembered = fs::read_to_string(self.0.join("refs").join(revision)).ok();
@@ -55,8 +76,15 @@ impl Folder {
         create_parent(&path)?;
         let up = "../".repeat(file.matches('/').count() + 2);
         let target = format!("{up}blobs/{}", blob.file_name().unwrap_or_default().to_string_lossy());
-        fs::remove_file(&path).ok();
-        link(&target, blob, &path).map_err(Error::cache(&path))
+        if !path.is_file() {
+            // A link to a blob that is gone.
+            fs::remove_file(&path).ok();
+        }
+        match link(&target, blob, &path) {
+            // Another process was faster: the same commit has the same blob.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_file() => Ok(()),
+            result => result.map_err(Error::cache(&path)),
+        }
     }
 }
 

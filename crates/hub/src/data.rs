@@ -93,6 +93,8 @@ pub fn name_and_weight(given: &str) -> Result<(String, Option<f64>), String> {
     };
     match weight.parse::<f64>() {
         Ok(weight) if weight.is_finite() && weight >= 0.0 => Ok((name.into(), Some(weight))),
+        // `lang=en/*.jsonl` is a path.
+        _ if weight.contains(['/', '*']) => Ok((given.into(), None)),
         _ => Err(format!("{given}: the weight {weight:?} is not a number of 0 or more")),
     }
 }

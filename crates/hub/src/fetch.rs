@@ -73,6 +73,14 @@ impl Hub {
             return Ok(blob);
         }
         create_parent(&blob)?;
+        // Another process may be downloading the same file: the second waits, and finds it there.
+        let lock_path = folder.lock(&facts.etag);
+        create_parent(&lock_path)?;
+        let lock = File::create(&lock_path).map_err(Error::cache(&lock_path))?;
+        lock.lock().map_err(Error::cache(&lock_path))?;
+        if blob.is_file() {
+            return Ok(blob);
+        }
         let part = folder.blob(&format!("{}.incomplete", facts.etag));
         let source = facts.redirect.as_deref().unwrap_or(url);
         self.attempts(url, &mut || {
@@ -86,6 +94,11 @@ impl Hub {
         })?;
         fs::rename(&part, &blob).map_err(Error::cache(&blob))?;
         Ok(blob)
+    }
+
+    /// The address is one of the Hub, and not only spelled like one.
+    pub(crate) fn is_own(&self, url: &str) -> bool {
+        url.strip_prefix(self.endpoint.trim_end_matches('/')).is_some_and(|rest| rest.starts_with('/'))
     }
 
     fn attempts<T>(&self, url: &str, attempt: &mut dyn FnMut() -> Result<T, Failure>) -> Result<T, Error> {
@@ -112,7 +125,7 @@ impl Hub {
         let mut request = if head { self.agent.head(url) } else { self.agent.get(url) };
         // Compressed bodies have other lengths than the files.
         request = request.header("accept-encoding", "identity");
-        if let Some(token) = self.token.as_ref().filter(|_| url.starts_with(&self.endpoint)) {
+        if let Some(token) = self.token.as_ref().filter(|_| self.is_own(url)) {
             request = request.header("authorization", format!("Bearer {token}"));
         }
         if let Some(from) = range {
@@ -148,7 +161,7 @@ impl Hub {
             let etag = text("x-linked-etag").or_else(|| text("etag"));
             let linked = text("x-linked-size").is_some() || text("x-linked-etag").is_some();
             match (next, etag) {
-                (Some(next), _) if !linked && next.starts_with(&self.endpoint) => at = next,
+                (Some(next), _) if !linked && self.is_own(&next) => at = next,
                 (next, Some(etag)) => {
                     let size = text("x-linked-size")
                         .or_else(|| text("content-length").filter(|_| next.is_none()))

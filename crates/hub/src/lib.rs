@@ -85,6 +85,10 @@ impl Hub {
     pub fn model(&self, name: &str, revision: Option<&str>, progress: Progress) -> Result<PathBuf, Error> {
         let local = Path::new(name);
         if local.is_dir() {
+            if revision.is_some() {
+                let reason = "is here, not on the Hub: --model-revision has no effect".into();
+                return Err(Error::Unusable { id: name.into(), reason });
+            }
             return Ok(local.into());
         }
         if !is_id(name) {
@@ -123,8 +127,19 @@ impl Hub {
         wanted: &[&str],
         progress: Progress,
     ) -> Result<Splits, Error> {
-        if Path::new(name).exists() || !is_id(name) {
-            return Ok(Splits::find(Path::new(name), config)?);
+        let local = Path::new(name);
+        if local.exists() || !is_id(name) || pref_data::is_data_file(name) {
+            let unusable = |flag: &str| Error::Unusable {
+                id: name.into(),
+                reason: format!("is here, not on the Hub: {flag} has no effect"),
+            };
+            if revision.is_some() {
+                return Err(unusable("--dataset-revision"));
+            }
+            if config.is_some() && !local.is_dir() {
+                return Err(unusable("--dataset-config"));
+            }
+            return Ok(Splits::find(local, config)?);
         }
         let snapshot = self.snapshot(Kind::Dataset, name, revision)?;
         let card = snapshot.files.iter().any(|file| file == "README.md");
@@ -150,7 +165,7 @@ impl Hub {
         let revision = revision.unwrap_or("main");
         let cached = || {
             let commit = folder.commit(revision)?;
-            let files = folder.files(&commit);
+            let files = folder.listing(&commit).unwrap_or_else(|| folder.files(&commit));
             (!files.is_empty()).then(|| Snapshot {
                 kind,
                 id: id.into(),
@@ -182,6 +197,7 @@ impl Hub {
         if !commit.bytes().all(|b| b.is_ascii_alphanumeric()) || commit.is_empty() {
             return Err(unexpected("usable commit"));
         }
+        folder.list(commit, &files)?;
         folder.remember(revision, commit)?;
         Ok(Snapshot { kind, id: id.into(), folder, commit: commit.into(), files })
     }
@@ -243,7 +259,9 @@ fn is_id(name: &str) -> bool {
 
 /// A file name from the Hub must stay inside its directory.
 fn is_inside(file: &str) -> bool {
-    !file.is_empty() && !file.contains('\\') && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
+    !file.is_empty()
+        && !file.contains(['\\', '\n', '\r'])
+        && file.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 fn percent_encoded(part: &str) -> String {
@@ -277,6 +295,21 @@ mod tests {
         assert!(is_inside("data/train-00000-of-00001.parquet"));
         for name in ["../x", "/etc/passwd", "a//b", "a/./b", "a\\b", ""] {
             assert!(!is_inside(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_the_hubs_own_addresses_get_the_token() {
+        let mut hub = Hub::from_env();
+        hub.endpoint = "https://hub.example/".into();
+        assert!(hub.is_own("https://hub.example/api/models/a/b"));
+        for other in [
+            "https://hub.example.evil.com/x",
+            "https://hub.example@evil.com/",
+            "http://hub.example/",
+            "https://hub.example:81/x",
+        ] {
+            assert!(!hub.is_own(other), "{other}");
         }
     }
 }

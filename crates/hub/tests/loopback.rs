@@ -136,3 +136,56 @@ fn what_is_neither_here_nor_on_the_hub_is_named() {
     let error = hub.dataset("nothing.jsonl", None, None, &[], &quiet).unwrap_err().to_string();
     assert!(error.contains("no such file"), "{error}");
 }
+
+#[test]
+fn a_part_of_a_data_set_is_not_taken_for_the_whole() {
+    let rows = rows();
+    let names = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"];
+    let files = [(names[0], rows.as_slice()), (names[1], &rows[..500])];
+    let server = Server::start(&files, Faults::default(), false);
+    server.fault(names[1], Faults { refused: true, ..Faults::default() });
+    let dir = tempfile::tempdir().unwrap();
+    let mut hub = client(&server, dir.path());
+    let get = |hub: &Hub| hub.dataset("some/set", None, None, &[], &quiet);
+    assert!(matches!(get(&hub), Err(Error::Refused { status: 403, .. })));
+    hub.offline = true;
+    let error = get(&hub).unwrap_err().to_string();
+    assert!(error.contains(names[1]), "{error}");
+    hub.offline = false;
+    server.fault(names[1], Faults::default());
+    assert_eq!(get(&hub).unwrap().split("train").unwrap().len(), 2);
+}
+
+#[test]
+fn two_downloads_of_the_same_file_do_not_disturb_each_other() {
+    let rows = rows();
+    for cut in [100, 5000, 20_000] {
+        let faults = Faults { cut_after: Some(cut), ..Faults::default() };
+        let server = Server::start(&[("train.jsonl", rows.as_slice())], faults, false);
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let splits =
+                        client(&server, dir.path()).dataset("some/set", None, None, &[], &quiet).unwrap();
+                    assert!(fs::read(&splits.split("train").unwrap()[0]).unwrap() == rows);
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn flags_of_the_hub_do_not_fit_local_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.jsonl");
+    fs::write(&file, "{}").unwrap();
+    let hub = Hub::from_env();
+    let refused = |result: Result<_, Error>| result.map(|_: pref_data::Splits| ()).unwrap_err().to_string();
+    let name = file.to_str().unwrap();
+    assert!(refused(hub.dataset(name, Some("abc"), None, &[], &quiet)).contains("--dataset-revision"));
+    assert!(refused(hub.dataset(name, None, Some("abc"), &[], &quiet)).contains("--dataset-config"));
+    assert!(refused(hub.dataset("data/nosuch.jsonl", None, None, &[], &quiet)).contains("no such file"));
+    let model = hub.model(dir.path().to_str().unwrap(), Some("abc"), &quiet).unwrap_err().to_string();
+    assert!(model.contains("--model-revision"));
+}

@@ -38,7 +38,9 @@ pub fn audit(tokenizer: &Tokenizer, rows: &Dataset) -> Audit {
             // Chat templates may write a line end after the token that ends a turn. A cut row ends anywhere.
             let ends = |ids: &[u32]| ids.iter().rev().take(3).any(|&id| id == eos);
             let whole = rows.lengths(i).longest() < rows.max_length();
-            endless += usize::from(whole && !ends(&tokens.chosen));
+            endless += usize::from(
+                whole && !(ends(&tokens.chosen) && (rows.is_unpaired() || ends(&tokens.rejected))),
+            );
         }
     }
     if doubled > 0 {
@@ -49,7 +51,7 @@ pub fn audit(tokenizer: &Tokenizer, rows: &Dataset) -> Audit {
     }
     if endless > 0 {
         audit.warnings.push(format!(
-            "{endless} of the first {looked_at} chosen completions do not end with the end-of-sequence token {:?}: the \
+            "{endless} of the first {looked_at} rows have a completion that does not end with the end-of-sequence token {:?}: the \
              model will not learn to stop; give a --chat-template that writes it after each answer, or check eos_token \
              in tokenizer_config.json",
             tokenizer.eos().unwrap_or_default()

@@ -185,10 +185,15 @@ pub fn mix(sizes: &[usize], weights: Option<&[f64]>, most: Option<usize>, seed: 
     } else {
         (sizes.iter().map(|&size| size as f64 / total.max(1) as f64).collect(), total as f64)
     };
-    let all = most.map_or(all, |most| all.min(most as f64));
+    let wanted: Vec<f64> =
+        shares.iter().map(|share| share * most.map_or(all, |most| all.min(most as f64))).collect();
+    let taken = match most.filter(|&most| (most as f64) < all) {
+        None => wanted.iter().map(|share| share.round_ties_even() as usize).collect(),
+        Some(most) => exactly(&wanted, most),
+    };
     let (mut rows, mut start) = (Vec::new(), 0);
-    for (set, (&size, share)) in sizes.iter().zip(shares).enumerate() {
-        let taken = ((share * all).round_ties_even() as usize).min(size);
+    for (set, (&size, taken)) in sizes.iter().zip(taken).enumerate() {
+        let taken = taken.min(size);
         let mut of_set: Vec<u32> = (start..start + size as u32).collect();
         if let Some(seed) = seed {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -199,6 +204,16 @@ pub fn mix(sizes: &[usize], weights: Option<&[f64]>, most: Option<usize>, seed: 
         start += size as u32;
     }
     rows
+}
+
+/// Whole numbers near `shares` with the sum `total`: the largest remainders are rounded up.
+fn exactly(shares: &[f64], total: usize) -> Vec<usize> {
+    let mut counts: Vec<usize> = shares.iter().map(|share| share.floor() as usize).collect();
+    let mut order: Vec<usize> = (0..shares.len()).collect();
+    order.sort_by(|&a, &b| shares[b].fract().total_cmp(&shares[a].fract()));
+    let missing = total.saturating_sub(counts.iter().sum());
+    order.into_iter().take(missing).for_each(|i| counts[i] += 1);
+    counts
 }
 
 /// Sets rows aside: a share of them below 1, or a count. Returns the rest and those set aside, each in its
@@ -228,6 +243,9 @@ mod tests {
         assert_eq!(rows, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]);
         assert_eq!(mix(&[3, 2], None, None, None), [0, 1, 2, 3, 4]);
         assert_eq!(mix(&[4, 4], None, Some(4), None), [0, 1, 4, 5]);
+        assert_eq!(mix(&[10, 10, 10], None, Some(2), None), [0, 10]);
+        assert_eq!(mix(&[10, 10], None, Some(1), None), [0]);
+        assert_eq!(mix(&[3, 2], None, Some(50), None).len(), 5);
         assert_eq!(mix(&[4, 4], Some(&[0.0, 1.0]), None, None), [4, 5, 6, 7]);
         let random = mix(&[100, 100], None, Some(20), Some(7));
         assert_eq!(random, mix(&[100, 100], None, Some(20), Some(7)));

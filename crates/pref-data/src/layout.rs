@@ -67,8 +67,10 @@ pub const ROLES: [&str; 8] =
 pub struct Layout {
     /// Pairs, or completions with labels.
     pub kind: Kind,
-    /// Column of each role that is filled.
+    /// Column of each role, among the first rows.
     pub columns: BTreeMap<&'static str, String>,
+    /// Column that each role is read from: in JSON a column may appear after the first rows.
+    names: BTreeMap<&'static str, String>,
     /// The prompt is text and the completions are conversations: it is not used.
     pub prompt_unused: bool,
     /// The completions are conversations.
@@ -82,9 +84,12 @@ impl Layout {
     /// the same name; an empty name means that no column has it.
     pub fn detect(rows: &[Value], given: &BTreeMap<String, String>) -> Result<Self, String> {
         let names = column_names(rows);
-        let mut columns = BTreeMap::new();
+        let (mut columns, mut read_from) = (BTreeMap::new(), BTreeMap::new());
         for role in ROLES {
             let name = given.get(role).map_or(role, String::as_str);
+            if !name.is_empty() {
+                read_from.insert(role, name.to_string());
+            }
             if names.iter().any(|column| column == name) {
                 columns.insert(role, name.to_string());
             } else if !name.is_empty() && given.contains_key(role) {
@@ -107,6 +112,7 @@ impl Layout {
         let others: &[&str] =
             if kind == Kind::Pairs { &["completion", "label"] } else { &["chosen", "rejected"] };
         columns.retain(|role, _| !others.contains(role));
+        read_from.retain(|role, _| !others.contains(role));
         let is_chat = |role: &str| {
             let values = rows.iter().filter_map(|row| columns.get(role).and_then(|name| row.get(name)));
             values.into_iter().find(|value| !value.is_null()).is_some_and(Value::is_array)
@@ -116,7 +122,7 @@ impl Layout {
             kind == Kind::Pairs && columns.contains_key("prompt") && conversational != is_chat("prompt");
         let used: Vec<&String> = columns.values().collect();
         let unused = names.into_iter().filter(|name| !used.contains(&name)).collect();
-        Ok(Self { kind, columns, prompt_unused, conversational, unused })
+        Ok(Self { kind, columns, names: read_from, prompt_unused, conversational, unused })
     }
 
     /// The names of the columns that are read.
@@ -133,7 +139,7 @@ impl Layout {
             return Err(format!("expected an object, found {}", excerpt(&row)));
         };
         let mut take = |role: &str| {
-            self.columns.get(role).and_then(|name| row.swap_remove(name)).filter(|value| !value.is_null())
+            self.names.get(role).and_then(|name| row.swap_remove(name)).filter(|value| !value.is_null())
         };
         let id = row_id(take("id").as_ref(), number);
         let extras = extras(take("tools"), take("chat_template_kwargs"))?;
@@ -159,6 +165,9 @@ impl Layout {
             Some(prompt) if prompt.is_chat() == chosen.is_chat() => (prompt, chosen, rejected),
             _ => split(chosen, rejected)?,
         };
+        if matches!(&prompt, Text::Chat(messages) if messages.is_empty()) {
+            return Err("\"chosen\" and \"rejected\" share no first message: there is no prompt".into());
+        }
         Ok(Row::Pair(Record { id, prompt, chosen, rejected, extras }))
     }
 }
@@ -330,6 +339,17 @@ mod tests {
         assert_eq!(record.prompt, Text::Plain("q".into()));
         let wrong = [("chosen".to_string(), "nothing".to_string())].into();
         assert!(Layout::detect(&[json!({"a": 1})], &wrong).unwrap_err().contains("nothing"));
+    }
+
+    #[test]
+    fn columns_may_appear_after_the_first_rows() {
+        let layout =
+            Layout::detect(&[json!({"chosen": "a b", "rejected": "a c"})], &BTreeMap::new()).unwrap();
+        let late = json!({"id": "x", "prompt": "P", "chosen": "a b", "rejected": "a c"});
+        let Row::Pair(record) = layout.parse(late, 70).unwrap() else { panic!() };
+        assert_eq!((record.id.as_str(), record.prompt), ("x", Text::Plain("P".into())));
+        let disjoint = json!({"chosen": [turn("user", "a")], "rejected": [turn("user", "b")]});
+        assert!(read(disjoint).unwrap_err().contains("share no first message"));
     }
 
     #[test]

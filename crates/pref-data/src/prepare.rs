@@ -63,7 +63,6 @@ pub fn tokenize(
     cache: &Path,
     progress: Progress,
 ) -> Result<Tokenized, Error> {
-    fs::create_dir_all(cache).map_err(Error::io(cache))?;
     let layout = layout_of(&source.files, &source.columns)?;
     let mut warnings = Vec::new();
     let hashes: Vec<String> =
@@ -75,13 +74,27 @@ pub fn tokenize(
         .update(data_hash.as_bytes())
         .update(serde_json::to_string(&options).unwrap_or_default().as_bytes())
         .finalize();
-    let path = cache.join(format!("{}.tokens", &key.to_hex()[..32]));
+    let name = format!("{}.tokens", &key.to_hex()[..32]);
+    let path = cache.join(&name);
     if path.exists() {
         match TokenSet::open(&path) {
             Ok(set) => return Ok(Tokenized { set, layout, data_hash, cached: true, warnings }),
             Err(error) => warnings.push(format!("cached tokens are made anew: {error}")),
         }
     }
+    // Without a place to keep them the tokens live as long as this process.
+    let writable = fs::create_dir_all(cache).and_then(|()| tempfile::tempfile_in(cache));
+    let (path, _unkept) = match writable {
+        Ok(_) => (path, None),
+        Err(error) => {
+            warnings.push(format!(
+                "{}: cannot be written ({error}), so tokens are not kept; --token-cache-dir names another directory",
+                cache.display()
+            ));
+            let unkept = tempfile::tempdir().map_err(Error::io(std::env::temp_dir()))?;
+            (unkept.path().join(&name), Some(unkept))
+        }
+    };
     let mut job = Job { source, layout: &layout, tokenizer, path: &path, progress, warnings: &mut warnings };
     if !job.run()? {
         tokenizer.distrust();
@@ -132,7 +145,8 @@ fn known_hash(file: &Path, cache: &Path) -> Result<String, Error> {
     }
     let known = Known { file: full, size: meta.len(), modified_ns, hash: hash_file(file)? };
     let text = serde_json::to_vec(&known).unwrap_or_default();
-    write_atomic(&note, |out| out.write_all(&text))?;
+    // Without the note the file is read again the next time.
+    write_atomic(&note, |out| out.write_all(&text)).ok();
     Ok(known.hash)
 }
 
@@ -288,5 +302,75 @@ fn read_all(files: &[PathBuf], columns: &[&str], send: &SyncSender<Sent>) {
         if !open {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer() -> Tokenizer {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/models/tiny-qwen2");
+        Tokenizer::load(&dir, None, jiff::civil::DateTime::MIN).unwrap()
+    }
+
+    fn rows(dir: &Path, text: &str) -> Source {
+        let file = dir.join("rows.jsonl");
+        fs::write(&file, text).unwrap();
+        Source { files: vec![file], ..Source::default() }
+    }
+
+    const TWO: &str =
+        "{\"chosen\": \"a b\", \"rejected\": \"a c\"}\n{\"chosen\": \"x\", \"rejected\": \"y\"}\n";
+
+    #[test]
+    fn the_second_start_is_cached_and_a_damaged_cache_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, cache) = (rows(dir.path(), TWO), dir.path().join("cache"));
+        let get = || tokenize(&source, &tokenizer(), &cache, &|_| {}).unwrap();
+        let (first, second) = (get(), get());
+        assert!(!first.cached && second.cached);
+        assert_eq!(first.set.tokens(1), second.set.tokens(1));
+        let file = fs::read_dir(&cache)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .find(|p| p.extension().unwrap() == "tokens");
+        let file = file.unwrap();
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let third = get();
+        assert!(!third.cached && third.warnings[0].contains("checksum"), "{:?}", third.warnings);
+        assert_eq!(first.set.hash(), third.set.hash());
+        fs::write(cache.join(".unfinished-of-a-killed-process"), "x").unwrap();
+        rows(dir.path(), &TWO.replace('x', "z"));
+        assert!(!get().cached, "the file changed");
+        assert!(!cache.join(".unfinished-of-a-killed-process").exists());
+    }
+
+    #[test]
+    fn without_a_place_to_keep_them_tokens_are_made_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = rows(dir.path(), TWO);
+        let cache = dir.path().join("rows.jsonl");
+        let tokenized = tokenize(&source, &tokenizer(), &cache, &|_| {}).unwrap();
+        assert_eq!(tokenized.set.len(), 2);
+        assert!(tokenized.warnings[0].contains("--token-cache-dir"));
+        assert!(!tokenized.set.tokens(1).chosen.is_empty(), "the mapped file outlives its name");
+    }
+
+    #[test]
+    fn unusable_rows_stop_or_are_left_out_and_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut source =
+            rows(dir.path(), &format!("{{\"chosen\": \n{TWO}{{\"chosen\": null, \"rejected\": \"b\"}}\n"));
+        let cache = dir.path().join("cache");
+        let error = tokenize(&source, &tokenizer(), &cache, &|_| {}).unwrap_err().to_string();
+        assert!(error.contains("rows.jsonl:1: not valid JSON"), "{error}");
+        source.skip_invalid = true;
+        let tokenized = tokenize(&source, &tokenizer(), &cache, &|_| {}).unwrap();
+        assert_eq!((tokenized.set.len(), tokenized.set.skipped()), (2, 2));
+        assert_eq!(tokenized.warnings.len(), 2);
+        assert_eq!(tokenized.set.id(0), "1", "rows keep their numbers");
     }
 }

@@ -108,7 +108,8 @@ fn walk(dir: &Path, prefix: &str, files: &mut Vec<String>) -> std::io::Result<()
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         let path = entry.path();
         if path.is_dir() {
-            if !entry.file_name().to_string_lossy().starts_with('.') {
+            // A link to a directory may lead back up; `datasets` does not follow it either.
+            if !entry.file_type()?.is_symlink() && !entry.file_name().to_string_lossy().starts_with('.') {
                 walk(&path, &format!("{name}/"), files)?;
             }
         } else {

@@ -20,6 +20,9 @@ const BLOCK: usize = 4 << 20;
 /// Rows in a block of a Parquet file, or of one that is parsed while it is read.
 const ROWS: usize = 1024;
 
+/// Formats of data that are known by name and not read.
+const OTHER_FORMATS: [&str; 8] = [".tsv", ".arrow", ".feather", ".xlsx", ".xml", ".zip", ".tar", ".pkl"];
+
 /// Consecutive rows.
 #[derive(Debug)]
 pub enum Block {
@@ -58,10 +61,37 @@ impl Text<'_> {
     /// The row as a value.
     pub fn value(self) -> Result<Value, String> {
         match self {
-            Self::Json(line) => serde_json::from_slice(line).map_err(|e| format!("not valid JSON: {e}")),
+            Self::Json(line) => serde_json::from_slice(line)
+                .or_else(|e| without_nan(line).and_then(|text| serde_json::from_slice(&text).ok()).ok_or(e))
+                .map_err(|e| format!("not valid JSON: {e}")),
             Self::Value(value) => Ok(value.clone()),
         }
     }
+}
+
+/// A line with Python's `NaN` and `Infinity`, which JSON does not have, as null; `None` if it has none.
+fn without_nan(line: &[u8]) -> Option<Vec<u8>> {
+    let (mut out, mut rest, mut in_text, mut found) = (Vec::with_capacity(line.len()), line, false, false);
+    while let Some((&byte, after)) = rest.split_first() {
+        let word = [b"-Infinity".as_slice(), b"Infinity", b"NaN"].into_iter().find(|w| rest.starts_with(w));
+        match word.filter(|_| !in_text) {
+            Some(word) => {
+                out.extend(b"null");
+                found = true;
+                rest = &rest[word.len()..];
+            }
+            None if in_text && byte == b'\\' && !after.is_empty() => {
+                out.extend(&rest[..2]);
+                rest = &rest[2..];
+            }
+            None => {
+                in_text ^= byte == b'"';
+                out.push(byte);
+                rest = after;
+            }
+        }
+    }
+    found.then_some(out)
 }
 
 /// Receives the blocks of a file; stops the reading with `Ok(false)`.
@@ -70,11 +100,22 @@ type Sink<'a> = &'a mut dyn FnMut(Block) -> Result<bool, Error>;
 /// Reads a file's rows in blocks. Of a Parquet file only `columns` are read, where they are given.
 pub fn read_blocks(path: &Path, columns: Option<&[&str]>, sink: Sink) -> Result<(), Error> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    if name.ends_with(".parquet") {
-        return parquet(path, columns, sink);
+    let unsupported = |what: &str| Error::Dataset {
+        path: path.into(),
+        reason: format!(
+            "{what} files are not read; use JSON Lines, JSON, CSV or Parquet (.gz and .zst but for Parquet)"
+        ),
+    };
+    let format = format_of(&name);
+    if format == Some("parquet") {
+        let plain = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"));
+        return if plain { parquet(path, columns, sink) } else { Err(unsupported("compressed Parquet")) };
+    }
+    if let Some(other) = OTHER_FORMATS.into_iter().find(|other| name.to_ascii_lowercase().ends_with(other)) {
+        return Err(unsupported(other));
     }
     let mut input = open(path)?;
-    match format_of(&name) {
+    match format {
         Some("csv") => csv(path, input, sink),
         Some("json") if starts_with_array(&mut input).map_err(Error::io(path))? => {
             json_array(path, input, sink)
@@ -84,16 +125,28 @@ pub fn read_blocks(path: &Path, columns: Option<&[&str]>, sink: Sink) -> Result<
     }
 }
 
-/// The first rows of a file, for detecting its layout.
+/// The first rows of a file, for detecting its layout. Malformed ones are passed over, unless there are no
+/// others.
 pub fn first_rows(path: &Path, n: usize) -> Result<Vec<Value>, Error> {
-    let mut first = Vec::new();
+    let (mut first, mut failure) = (Vec::new(), None);
     read_blocks(path, None, &mut |block| {
-        for (line, row) in block.rows().into_iter().take(n - first.len()) {
-            first.push(row.value().map_err(|reason| Error::Record { path: path.into(), line, reason })?);
+        for (line, row) in block.rows() {
+            match row.value() {
+                Ok(row) => first.push(row),
+                Err(reason) => {
+                    failure.get_or_insert(Error::Record { path: path.into(), line, reason });
+                }
+            }
+            if first.len() == n {
+                break;
+            }
         }
         Ok(first.len() < n)
     })?;
-    Ok(first)
+    match failure {
+        Some(failure) if first.is_empty() => Err(failure),
+        _ => Ok(first),
+    }
 }
 
 fn open(path: &Path) -> Result<Box<dyn BufRead>, Error> {
@@ -364,6 +417,20 @@ mod tests {
         assert!(error.contains("a.csv:4") && error.contains("2 fields"), "{error}");
         let (_dir, path) = written("a.csv", b"prompt,chosen,rejected\n\"a, \"\"b\"\"\",\"c\nd\",\n");
         assert_eq!(rows(&path).unwrap(), [json!({"prompt": "a, \"b\"", "chosen": "c\nd", "rejected": null})]);
+    }
+
+    #[test]
+    fn pythons_numbers_are_null_and_texts_stay() {
+        let (_dir, path) = written("a.jsonl", br#"{"a": NaN, "b": [-Infinity, 1], "c": "NaN \" Infinity"}"#);
+        assert_eq!(rows(&path).unwrap(), [json!({"a": null, "b": [null, 1], "c": "NaN \" Infinity"})]);
+    }
+
+    #[test]
+    fn formats_that_are_not_read_are_named() {
+        for name in ["a.tsv", "a.parquet.gz", "A.ARROW"] {
+            let (_dir, path) = written(name, b"x");
+            assert!(rows(&path).unwrap_err().to_string().contains("not read"), "{name}");
+        }
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub fn is_data_file(name: &str) -> bool {
 pub(crate) fn format_of(name: &str) -> Option<&'static str> {
     let name = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(name);
     let extension = Path::new(name).extension()?.to_str()?;
-    FORMATS.into_iter().find(|format| *format == extension)
+    FORMATS.into_iter().find(|format| format.eq_ignore_ascii_case(extension))
 }
 
 /// The `configs` of the card's YAML header.

@@ -16,11 +16,14 @@ use rayon::prelude::*;
 
 use crate::PairTokens;
 use crate::tokenize::common_prefix;
+use crate::write::readable;
 
 pub(crate) const MAGIC: [u8; 8] = *b"clairtk2";
 pub(crate) const BLOCK: u64 = 4 << 20;
 pub(crate) const ENTRY: usize = 32;
 pub(crate) const TRAILER: usize = 128;
+/// Start of the names of files that are being written.
+const UNFINISHED: &str = ".unfinished-";
 
 /// Tokens of a row without reading them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -138,9 +141,12 @@ impl Trailer {
 impl TokenWriter {
     /// In the directory of the file that is to be. Ids below `vocabulary` are written.
     pub fn new(dir: &Path, vocabulary: usize, unpaired: bool) -> io::Result<Self> {
+        sweep(dir);
+        let data = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(dir)?;
+        data.as_file().lock()?;
         let scratch = || Ok::<_, io::Error>(BufWriter::new(tempfile::tempfile_in(dir)?));
         Ok(Self {
-            data: BufWriter::with_capacity(1 << 20, tempfile::NamedTempFile::new_in(dir)?),
+            data: BufWriter::with_capacity(1 << 20, data),
             index: scratch()?,
             ids: scratch()?,
             id_bytes: 0,
@@ -216,8 +222,21 @@ impl TokenWriter {
         end.extend(own.as_bytes());
         file.write_all(&end)?;
         file.as_file().sync_all()?;
+        readable(file.as_file())?;
         file.persist(path)?;
         Ok(())
+    }
+}
+
+/// Deletes what killed processes left: files that nobody holds the lock of.
+fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+        let free = || File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+        if unfinished && free() {
+            // Another process may have been faster.
+            std::fs::remove_file(entry.path()).ok();
+        }
     }
 }
 

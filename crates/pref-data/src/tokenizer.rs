@@ -36,6 +36,7 @@ pub struct Tokenizer {
     template_text: String,
     template_source: TemplateSource,
     special: Map<String, Value>,
+    asks_for_date: bool,
     hash: blake3::Hash,
 }
 
@@ -77,11 +78,12 @@ impl Tokenizer {
         };
         let mut hasher = blake3::Hasher::new();
         let texts = [Some(&templates.default), templates.tool_use.as_ref()];
+        let asks_for_date = texts.iter().flatten().any(|text| text.contains("strftime_now"));
         for text in texts.into_iter().flatten() {
             hasher.update(text.as_bytes()).update(&[0]);
-            if text.contains("strftime_now") {
-                hasher.update(now.to_string().as_bytes());
-            }
+        }
+        if asks_for_date {
+            hasher.update(now.to_string().as_bytes());
         }
         let hash =
             hasher.update(&json).update(Value::Object(special.clone()).to_string().as_bytes()).finalize();
@@ -95,6 +97,7 @@ impl Tokenizer {
             template_text: templates.default,
             template_source,
             special,
+            asks_for_date,
             hash,
         })
     }
@@ -111,7 +114,7 @@ impl Tokenizer {
 
     /// The chat template asks for the current date: token ids depend on the day.
     pub fn asks_for_date(&self) -> bool {
-        self.template_text.contains("strftime_now")
+        self.asks_for_date
     }
 
     /// Hash of everything that token ids depend on besides the text.

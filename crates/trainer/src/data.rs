@@ -90,6 +90,11 @@ impl DataSettings {
         let data = Data { train: Dataset::new(train, chosen, Some(self.max_length)), test };
         for (what, rows) in [("training", Some(&data.train)), ("test", data.test.as_ref())] {
             if let Some(rows) = rows.filter(|rows| rows.is_empty()) {
+                if rows.dropped == 0 {
+                    bail!(
+                        "there are no {what} rows: look at --test-split-size, --max-train-samples and weights"
+                    );
+                }
                 bail!(
                     "there are no {what} rows left: {} were dropped because their prompts alone reach --max-length {}; raise it",
                     rows.dropped,

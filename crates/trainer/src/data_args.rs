@@ -84,8 +84,8 @@ impl DataArgs {
                 "--dataset-name: a weight has no effect on a single data set",
             ),
             (
-                weighted > 0 && datasets.iter().all(|(_, weight)| *weight == Some(0.0)),
-                "--dataset-name: all weights are 0",
+                weighted > 0 && !(datasets.iter().filter_map(|(_, weight)| *weight).sum::<f64>().is_normal()),
+                "--dataset-name: the weights must have a sum above 0",
             ),
             (
                 self.dataset_shuffle_seed.is_some() && unseen(),

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use clap::Parser;
 use trainer::args::{Args, kebab};
 use trainer::settings::Settings;
-use trainer::train::{INTERRUPTED, Outcome, run};
+use trainer::train::{INTERRUPTED, Outcome, TRAINING, run};
 
 #[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
@@ -22,9 +22,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // A second Ctrl-C ends the process at once.
+    // Before the first step there is nothing to save, and a second Ctrl-C ends the process at once.
     let handler = ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
+        if INTERRUPTED.swap(true, Ordering::Relaxed) || !TRAINING.load(Ordering::Relaxed) {
             std::process::exit(130);
         }
         eprintln!("interrupt: finishing this step and saving; press Ctrl-C again to stop at once");

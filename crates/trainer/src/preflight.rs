@@ -124,6 +124,13 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
         ),
     ];
     lines.extend(data.audit.lines.iter().map(|line| format!("first row, {line}")));
+    lines.extend(warnings(data));
+    lines
+}
+
+/// What is probably wrong with the data.
+pub fn warnings(data: &DataReport) -> Vec<String> {
+    let mut lines = Vec::new();
     if data.simple_chat_template {
         lines.push(
             "WARNING: the model has no chat template; conversations are written as \"Role: text\" (the template \

@@ -3,12 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use decoder::Decoder;
 use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
 use crate::step::{Micro, RefLogps};
+
+/// Time between savings of an unfinished pass.
+const SAVE_EVERY: Duration = Duration::from_secs(20);
 
 /// Reads the cache, if it holds this model and data.
 pub fn read(path: &Path, rows: usize) -> Option<Vec<RefLogps>> {
@@ -42,20 +46,61 @@ pub fn cache_path(dir: Option<&Path>, model_hash: &str, data_hash: &str) -> Path
 }
 
 /// Computes the log-probabilities of all rows, batched as training will batch them, so that before the
-/// first step policy and reference agree to the bit.
+/// first step policy and reference agree to the bit. What is done is kept beside the cache file now and then:
+/// a run that is stopped goes on from there.
 pub fn compute(
     model: &Decoder,
     rows: &Dataset,
     batches: &Batches,
+    cache: &Path,
     mut progress: impl FnMut(usize),
 ) -> Vec<RefLogps> {
-    let mut values = vec![[0.0; 2]; rows.len()];
+    let partial = cache.with_extension("partial");
+    let mut values = read(&partial, rows.len()).unwrap_or_else(|| vec![[f32::NAN; 2]; rows.len()]);
+    let mut saved = Instant::now();
     for batch in batches.iter() {
-        let micro = Micro::new(rows, batch);
-        for (&row, logps) in batch.iter().zip(micro.logps(model)) {
-            values[row as usize] = logps;
+        if batch.iter().any(|&row| values[row as usize][0].is_nan()) {
+            let micro = Micro::new(rows, batch);
+            for (&row, logps) in batch.iter().zip(micro.logps(model)) {
+                values[row as usize] = logps;
+            }
+            if saved.elapsed() >= SAVE_EVERY {
+                // A cache that cannot be written is reported at the end.
+                write(&partial, &values).ok();
+                saved = Instant::now();
+            }
         }
         progress(batch.len());
     }
+    fs::remove_file(&partial).ok();
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use pref_data::{Bound, Order, Source, Tokenizer, tokenize};
+
+    #[test]
+    fn an_unfinished_pass_goes_on_where_it_was() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+        let dir = tempfile::tempdir().unwrap();
+        let model_dir = fixtures.join("models/tiny-qwen2");
+        let tokenizer = Tokenizer::load(&model_dir, None, jiff::civil::DateTime::MIN).unwrap();
+        let source = Source { files: vec![fixtures.join("data/clair_mini/test.jsonl")], ..Source::default() };
+        let rows = Dataset::whole(tokenize(&source, &tokenizer, dir.path(), &|_| {}).unwrap().set, None);
+        let model = Decoder::load(&model_dir, &Device::flex()).unwrap();
+        let batches = Batches::new(&|_| 1, rows.len(), Order::Sequential, Bound::Rows(4), 0, 0);
+        let cache = dir.path().join("x.logps");
+        let whole = compute(&model, &rows, &batches, &cache, |_| {});
+        // Marked values show that what is there is not computed again.
+        let mut half = vec![[f32::NAN; 2]; rows.len()];
+        half[..8].fill([7.0, 8.0]);
+        write(&cache.with_extension("partial"), &half).unwrap();
+        let resumed = compute(&model, &rows, &batches, &cache, |_| {});
+        assert!(resumed[..8].iter().all(|pair| *pair == [7.0, 8.0]));
+        assert_eq!(resumed[8..], whole[8..]);
+        assert!(!cache.with_extension("partial").exists());
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use apo_loss::{PairLogps, apo_down, apo_zero, sft, sigmoid};
+use apo_loss::{Divergence, PairLogps, apo_down, apo_zero, sft, sigmoid};
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
 use fused_ops::sum_into;
@@ -93,7 +93,7 @@ impl Micro {
         let counts = self.packed.completion_tokens();
         let chosen_tokens = counts.iter().map(|count| count[0]).sum();
         let per_pair = match loss {
-            LossType::Sigmoid => sigmoid(&pairs, beta),
+            LossType::Sigmoid => sigmoid(&pairs.scores(Divergence::ReverseKl), beta),
             LossType::ApoZero => apo_zero(&pairs, beta),
             LossType::ApoDown => apo_down(&pairs, beta),
             LossType::Sft => sft(pairs.chosen.clone(), chosen_tokens),

@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use decoder::{Companions, Decoder};
 use hub::{Hub, announce};
 use jiff::civil::DateTime;
-use pref_data::{Batches, Bound, Dataset, Order, PairTokens, TemplateSource, Tokenizer, audit};
+use pref_data::{Batches, Bound, Dataset, Order, PairTokens, TemplateSource, Tokenizer};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, State};
@@ -28,6 +28,9 @@ use crate::{backend, evaluate, inspect, reference};
 
 /// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Set when there is something to save: before that Ctrl-C ends the process at once.
+pub static TRAINING: AtomicBool = AtomicBool::new(false);
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +56,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let data = settings.data.load(&tokenizer, settings.evaluate != Every::Never, &say)?;
     if let Some(n) = inspect_rows {
         inspect::print(&mut std::io::stdout().lock(), &tokenizer, &data.train, n)?;
-        let audit = audit(&tokenizer, &data.train);
-        audit.warnings.iter().for_each(|warning| say(&format!("WARNING: {warning}")));
+        let report = preflight::data_report(&data.train, &tokenizer);
+        preflight::warnings(&report).iter().for_each(|warning| say(warning));
         return Ok(Outcome::Done);
     }
     let resume = check_output(settings, [Some(&model_dir), reference_dir.as_ref()])?;
@@ -137,6 +140,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         peak_memory_bytes: None,
     };
     info.write(&settings.output_dir)?;
+    TRAINING.store(true, Ordering::Relaxed);
     let started = Instant::now();
     let outcome = training.all_steps()?;
     if outcome == Outcome::Done {
@@ -182,7 +186,7 @@ impl References {
             cached = false;
             let mut progress = Progress::new("reference", rows.len(), settings.progress_bar);
             let mut done = 0;
-            let values = reference::compute(model, rows, batches, |rows| {
+            let values = reference::compute(model, rows, batches, &path, |rows| {
                 done += rows;
                 progress.set(done);
             });
@@ -410,8 +414,9 @@ fn template_time(settings: &Settings) -> Result<DateTime> {
         Resume::From(path) => Some(path.clone()),
     };
     let earlier = earlier.and_then(|dir| checkpoint::template_date(&dir));
-    let day = settings.template_date.or(earlier).map(|day| day.at(0, 0, 0, 0));
-    Ok(day.unwrap_or_else(|| jiff::ZonedDateTime::now().datetime()))
+    // The day alone: with the time of day no two starts would have the same tokens.
+    let day = settings.template_date.or(earlier).unwrap_or_else(|| jiff::ZonedDateTime::now().date());
+    Ok(day.at(0, 0, 0, 0))
 }
 
 #[allow(clippy::print_stderr)]

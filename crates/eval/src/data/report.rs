@@ -1,6 +1,6 @@
 //! Sums of the rows' numbers, as a table and as an HTML page with pictures.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, bail};
 use minijinja::{Environment, context, value::Serde};
@@ -171,24 +171,14 @@ fn duplicates(splits: &[Measured], unpaired: bool) -> Duplicates {
 
 /// For every two splits, the rows of the later whose prompt the earlier has.
 fn leakage(splits: &[Measured]) -> Vec<Leak> {
-    let mut owner: HashMap<[u8; 16], usize> = HashMap::new();
-    let mut leaks: Vec<Leak> = Vec::new();
+    let prompts: Vec<HashSet<[u8; 16]>> =
+        splits.iter().map(|split| split.rows.iter().map(|row| row.prompt).collect()).collect();
+    let mut leaks = Vec::new();
     for (i, split) in splits.iter().enumerate() {
-        let mut counts = vec![0; i];
-        for row in &split.rows {
-            match owner.get(&row.prompt) {
-                Some(&of) if of < i => counts[of] += 1,
-                Some(_) => {}
-                None => {
-                    owner.insert(row.prompt, i);
-                }
-            }
+        for (of, earlier) in splits.iter().zip(&prompts).take(i) {
+            let prompts = split.rows.iter().filter(|row| earlier.contains(&row.prompt)).count();
+            leaks.push(Leak { split: split.split.clone(), of: of.split.clone(), prompts });
         }
-        leaks.extend(counts.into_iter().zip(splits).map(|(prompts, of)| Leak {
-            split: split.split.clone(),
-            of: of.split.clone(),
-            prompts,
-        }));
     }
     leaks
 }

@@ -19,6 +19,8 @@ pub struct Faults {
     pub cut_after: Option<usize>,
     pub wrong_bytes: bool,
     pub ignore_range: bool,
+    /// Refused for good.
+    pub refused: bool,
 }
 
 /// A Hub of which every repository holds the same files, and the storage it redirects to.
@@ -55,6 +57,11 @@ impl Server {
             });
         }
         server
+    }
+
+    /// Changes what goes wrong with a file.
+    pub fn fault(&self, name: &str, faults: Faults) {
+        self.faults.lock().unwrap().insert(name.into(), faults);
     }
 
     fn serve(&self, mut stream: TcpStream) -> Option<()> {
@@ -115,6 +122,9 @@ impl Server {
         let bytes = &self.files[name];
         let mut faults = self.faults.lock().unwrap();
         let fault = faults.get_mut(name)?;
+        if fault.refused {
+            return send("403 Forbidden", "Content-Length: 0\r\n", b"");
+        }
         if std::mem::take(&mut fault.unavailable) {
             return send("503 Busy", "Retry-After: 0\r\nContent-Length: 0\r\n", b"");
         }
