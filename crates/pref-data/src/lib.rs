@@ -16,6 +16,7 @@ mod error;
 mod gpt2;
 mod layout;
 mod pack;
+mod parquet_rows;
 mod prepare;
 mod python;
 mod read;
