@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use crate::data_args::DataArgs;
+use crate::loss::LossArgs;
 
 /// Align a language model on preference pairs with anchored preference optimization.
 ///
@@ -34,12 +35,9 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID")]
     pub ref_model_name_or_path: Option<String>,
 
-    /// Loss.
-    #[arg(long, value_enum, default_value = "sigmoid")]
-    pub loss_type: LossType,
-    /// Strength of the pull towards the reference.
-    #[arg(long)]
-    pub beta: Option<f64>,
+    /// What is minimized.
+    #[command(flatten)]
+    pub loss: LossArgs,
 
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-6)]
@@ -158,20 +156,6 @@ Examples:
   trainer … --resume-from-checkpoint auto
   trainer … --inspect 2";
 
-/// Loss functions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum LossType {
-    /// DPO.
-    Sigmoid,
-    /// APO-zero: for winners better than the model (CLAIR).
-    ApoZero,
-    /// APO-down: for a model better than the winners.
-    ApoDown,
-    /// Cross-entropy of the chosen completions.
-    Sft,
-}
-
 /// Learning-rate schedules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
@@ -273,13 +257,14 @@ pub fn kebab(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::loss::LossType;
 
     #[test]
     fn trls_spelling_is_understood() {
         let line = "trainer --model_name_or_path m --dataset_name d --output_dir=my_dir --loss_type apo_zero \
                     --bf16 False --save_only_model --report_to none --max_steps 12";
         let args = Args::try_parse_from(kebab(line.split_whitespace().map(OsString::from))).unwrap();
-        assert_eq!(args.loss_type, LossType::ApoZero);
+        assert_eq!(args.loss.loss_type, [LossType::ApoZero]);
         assert_eq!(args.output_dir, PathBuf::from("my_dir"));
         assert_eq!((args.bf16, args.save_only_model, args.max_steps), (Some(false), true, 12));
     }

@@ -45,8 +45,14 @@ pub fn fingerprint(
     data_hash: &str,
 ) -> HashMap<String, String> {
     let entries = [
-        ("loss-type", settings.loss_type.clone()),
-        ("beta", settings.beta.to_string()),
+        ("loss", settings.loss.names()),
+        ("beta", settings.loss.beta.to_string()),
+        ("label-smoothing", settings.loss.label_smoothing.to_string()),
+        (
+            "f-divergence",
+            format!("{:?} {}", settings.loss.f_divergence_type, settings.loss.f_alpha_divergence_coef),
+        ),
+        ("discopop-tau", settings.loss.discopop_tau.to_string()),
         ("learning-rate", settings.learning_rate.to_string()),
         ("lr-scheduler-type", settings.lr_scheduler_type.clone()),
         ("warmup-steps", settings.warmup_steps.to_string()),

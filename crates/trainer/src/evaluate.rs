@@ -25,7 +25,7 @@ pub fn run(
     let all: Vec<u32> = (0..rows.len() as u32).collect();
     for (batch, reference) in all.chunks(settings.eval_batch).zip(reference.chunks(settings.eval_batch)) {
         let micro = Micro::new(rows, batch);
-        let (metrics, _) = micro.run(&model, settings.loss, settings.beta, reference, None);
+        let (metrics, _) = micro.run(&model, &settings.loss, reference, None);
         loss += metrics.loss * batch.len() as f64;
         window.add(&metrics);
     }

@@ -13,6 +13,7 @@ pub mod data_args;
 mod evaluate;
 mod inspect;
 mod logs;
+pub mod loss;
 mod metrics;
 mod optimizer;
 mod plan;

@@ -117,8 +117,8 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
                 Bound::Rows(pairs) => format!("{pairs} pairs"),
                 Bound::Tokens(tokens) => format!("at most {tokens} packed tokens"),
             },
-            settings.loss_type,
-            settings.beta,
+            settings.loss.names(),
+            settings.loss.beta,
             settings.learning_rate,
             settings.lr_scheduler_type
         ),

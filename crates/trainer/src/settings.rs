@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
-use crate::args::{Args, Backend, LossType, Sampling, Scheduler, Strategy};
+use crate::args::{Args, Backend, Sampling, Scheduler, Strategy};
 use crate::data::DataSettings;
+use crate::loss::LossSettings;
 
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -44,10 +45,8 @@ pub struct Settings {
     pub overwrite: bool,
     pub chat_template: Option<String>,
     pub template_date: Option<jiff::civil::Date>,
-    pub loss_type: String,
-    #[serde(skip)]
-    pub loss: LossType,
-    pub beta: f64,
+    #[serde(flatten)]
+    pub loss: LossSettings,
     pub learning_rate: f64,
     #[serde(skip)]
     pub scheduler: Scheduler,
@@ -134,9 +133,7 @@ impl Settings {
             reference: args.ref_model_name_or_path,
             output_dir: args.output_dir,
             overwrite: args.overwrite_output_dir,
-            loss_type: value_name(&args.loss_type),
-            loss: args.loss_type,
-            beta: at_least_zero("beta", args.beta.unwrap_or(0.1))?,
+            loss: args.loss.settings()?,
             learning_rate: at_least_zero("learning-rate", args.learning_rate)?,
             lr_scheduler_type: value_name(&args.lr_scheduler_type),
             scheduler: args.lr_scheduler_type,

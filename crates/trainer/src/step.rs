@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use apo_loss::{Divergence, PairLogps, apo_down, apo_zero, sft, sigmoid};
+use apo_loss::PairLogps;
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
 use fused_ops::sum_into;
 use pref_data::{Dataset, Packed, PairTokens};
 
-use crate::args::LossType;
+use crate::loss::LossSettings;
 use crate::metrics::{BatchMetrics, PairValues};
 
 /// Reference log-probabilities of the two completions of a row.
@@ -19,6 +19,8 @@ pub struct Micro {
     packed: Packed,
     batch: Batch,
     sums: Arc<Vec<(u32, u32)>>,
+    /// Tokens of both completions of each pair.
+    lengths: Vec<[usize; 2]>,
 }
 
 /// Sums of one micro-batch, on the device.
@@ -33,11 +35,12 @@ impl Micro {
     /// Packs rows of a data set in the given order.
     pub fn new(data: &Dataset, rows: &[u32]) -> Self {
         let tokens: Vec<PairTokens> = rows.iter().map(|&row| data.row(row as usize).tokens).collect();
+        let lengths = tokens.iter().map(|pair| [pair.chosen.len(), pair.rejected.len()]).collect();
         let packed = Packed::new(&tokens);
         let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
         let batch =
             Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets);
-        Self { sums: Arc::new(packed.sums()), packed, batch }
+        Self { sums: Arc::new(packed.sums()), packed, batch, lengths }
     }
 
     fn pairs(&self) -> usize {
@@ -76,8 +79,7 @@ impl Micro {
     pub fn run(
         &self,
         model: &Decoder,
-        loss: LossType,
-        beta: f64,
+        loss: &LossSettings,
         reference: &[RefLogps],
         scale: Option<f64>,
     ) -> (BatchMetrics, Vec<Option<Tensor<2>>>) {
@@ -92,13 +94,7 @@ impl Micro {
         };
         let counts = self.packed.completion_tokens();
         let chosen_tokens = counts.iter().map(|count| count[0]).sum();
-        let per_pair = match loss {
-            LossType::Sigmoid => sigmoid(&pairs.scores(Divergence::ReverseKl), beta),
-            LossType::ApoZero => apo_zero(&pairs, beta),
-            LossType::ApoDown => apo_down(&pairs, beta),
-            LossType::Sft => sft(pairs.chosen.clone(), chosen_tokens),
-        };
-        let mean = per_pair.clone().mean();
+        let mean = loss.total(&pairs, &self.lengths, chosen_tokens);
         let gradients = scale.map_or_else(Vec::new, |scale| {
             let mut gradients = (mean.clone() * scale).backward();
             model.weights().iter().map(|weight| weight.tensor.grad_remove(&mut gradients)).collect()
@@ -110,7 +106,7 @@ impl Micro {
             reference: reference.to_vec(),
         };
         let tokens = TokenScores::new(host(scored.tokens), &host(scored.stats));
-        (BatchMetrics::new(&values, &tokens, &self.packed.sides, beta), gradients)
+        (BatchMetrics::new(&values, &tokens, &self.packed.sides, loss.beta), gradients)
     }
 }
 

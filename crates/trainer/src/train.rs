@@ -273,8 +273,7 @@ impl Training<'_> {
         for (rows, scale) in micros.iter().zip(scales) {
             let micro = Micro::new(&self.data.train, rows);
             let reference: Vec<RefLogps> = rows.iter().map(|&i| self.references.train[i as usize]).collect();
-            let (loss, beta) = (self.settings.loss, self.settings.beta);
-            let (metrics, gradients) = micro.run(&self.model, loss, beta, &reference, Some(scale));
+            let (metrics, gradients) = micro.run(&self.model, &self.settings.loss, &reference, Some(scale));
             if !metrics.loss.is_finite() {
                 bail!(self.diverged("loss", metrics.loss, std::slice::from_ref(rows)));
             }
