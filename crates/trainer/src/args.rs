@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 
 use crate::data_args::DataArgs;
 use crate::loss::LossArgs;
+use crate::schedule::Scheduler;
 
 /// Align a language model on preference pairs with anchored preference optimization.
 ///
@@ -16,6 +17,9 @@ use crate::loss::LossArgs;
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, after_help = EXAMPLES, args_override_self = true)]
 pub struct Args {
+    /// Read flags from a YAML file with TRL's keys; those of the command line win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Model to train: a directory (config.json, tokenizer.json, safetensors), or a Hub id.
     #[arg(long, value_name = "DIR|ID")]
     pub model_name_or_path: String,
@@ -45,6 +49,9 @@ pub struct Args {
     /// Shape of the learning rate over the run.
     #[arg(long, value_enum, default_value = "linear")]
     pub lr_scheduler_type: Scheduler,
+    /// Settings of the schedule as a JSON object, such as '{"min_lr_rate": 0.1}'.
+    #[arg(long, value_name = "JSON")]
+    pub lr_scheduler_kwargs: Option<String>,
     /// Steps of warm-up: a count, or a fraction of all steps when below 1.
     #[arg(long, default_value_t = 0.0)]
     pub warmup_steps: f64,
@@ -153,22 +160,9 @@ Examples:
   trainer --model-name-or-path models/SmolLM2-135M-Instruct --dataset-name pairs/ \\
           --loss-type apo_zero --learning-rate 1e-6 --output-dir runs/apo
   trainer … --eval-strategy steps --eval-steps 50 --save-steps 100 --save-total-limit 2
+  trainer --config recipe.yaml --beta 0.05   (keys of TRL's and alignment-handbook's recipes; flags win)
   trainer … --resume-from-checkpoint auto
   trainer … --inspect 2";
-
-/// Learning-rate schedules.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum Scheduler {
-    /// Straight down to 0.
-    Linear,
-    /// Half a cosine down to 0.
-    Cosine,
-    /// No change.
-    Constant,
-    /// Warm-up, then no change.
-    ConstantWithWarmup,
-}
 
 /// Optimizers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

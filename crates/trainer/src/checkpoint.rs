@@ -54,7 +54,7 @@ pub fn fingerprint(
         ),
         ("discopop-tau", settings.loss.discopop_tau.to_string()),
         ("learning-rate", settings.learning_rate.to_string()),
-        ("lr-scheduler-type", settings.lr_scheduler_type.clone()),
+        ("lr-scheduler", format!("{:?}", settings.schedule)),
         ("warmup-steps", settings.warmup_steps.to_string()),
         ("weight-decay", settings.weight_decay.to_string()),
         ("max-grad-norm", settings.max_grad_norm.to_string()),

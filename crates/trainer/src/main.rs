@@ -7,13 +7,20 @@ use std::sync::atomic::Ordering;
 
 use clap::Parser;
 use trainer::args::{Args, kebab};
+use trainer::recipe;
 use trainer::settings::Settings;
 use trainer::train::{INTERRUPTED, Outcome, TRAINING, run};
 
 #[allow(clippy::print_stderr)]
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
-    let args = Args::parse_from(kebab(std::env::args_os()));
+    let args = match recipe::expand(kebab(std::env::args_os()), &mut |line| eprintln!("{line}")) {
+        Ok(args) => Args::parse_from(args),
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            return ExitCode::from(2);
+        }
+    };
     let inspect = args.inspect;
     let settings = match Settings::new(args) {
         Ok(settings) => settings,

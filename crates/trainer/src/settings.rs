@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
-use crate::args::{Args, Backend, Sampling, Scheduler, Strategy};
+use crate::args::{Args, Backend, Sampling, Strategy};
 use crate::data::DataSettings;
 use crate::loss::LossSettings;
+use crate::schedule::{Schedule, Scheduler};
 
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -48,8 +49,7 @@ pub struct Settings {
     #[serde(flatten)]
     pub loss: LossSettings,
     pub learning_rate: f64,
-    #[serde(skip)]
-    pub scheduler: Scheduler,
+    pub schedule: Schedule,
     pub lr_scheduler_type: String,
     pub warmup_steps: f64,
     pub weight_decay: f64,
@@ -136,7 +136,11 @@ impl Settings {
             loss: args.loss.settings()?,
             learning_rate: at_least_zero("learning-rate", args.learning_rate)?,
             lr_scheduler_type: value_name(&args.lr_scheduler_type),
-            scheduler: args.lr_scheduler_type,
+            schedule: Schedule::new(
+                args.lr_scheduler_type,
+                args.lr_scheduler_kwargs.as_deref(),
+                args.learning_rate,
+            )?,
             warmup_steps: at_least_zero("warmup-steps", args.warmup_steps)?,
             weight_decay: at_least_zero("weight-decay", args.weight_decay)?,
             max_grad_norm: at_least_zero("max-grad-norm", args.max_grad_norm)?,

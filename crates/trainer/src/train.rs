@@ -283,7 +283,7 @@ impl Training<'_> {
             self.computed_tokens += micro.computed_tokens();
         }
         let warmup = schedule::warmup(self.settings.warmup_steps, self.plan.total);
-        let factor = schedule::factor(self.settings.scheduler, self.state.step, warmup, self.plan.total);
+        let factor = self.settings.schedule.factor(self.state.step, warmup, self.plan.total);
         let lr = self.settings.learning_rate * factor;
         let norm = self.optimizer.step(&mut self.model, self.settings, lr, self.state.step + 1);
         if !norm.is_finite() {

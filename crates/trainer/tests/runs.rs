@@ -282,3 +282,32 @@ fn a_model_without_chat_template_takes_simple_and_says_so() {
     let written = fs::read_to_string(dir.path().join("out/chat_template.jinja")).unwrap();
     assert!(written.contains("<|im_start|>"));
 }
+
+#[test]
+fn a_recipe_runs_and_its_unknown_keys_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = fixtures().join("models/tiny-llama");
+    let data = fixtures().join("data/clair_mini");
+    let recipe = format!(
+        "model_name_or_path: {}\ndataset_name: {}\nloss_type: apo_zero\nbeta: 0.05\nlearning_rate: 1.0e-06\n\
+         lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr_rate: 0.1\nwarmup_ratio: 0.1\n\
+         max_grad_norm: 0.2\nmax_length: 24576\nnum_train_epochs: 1\nper_device_train_batch_size: 4\n\
+         gradient_accumulation_steps: 8\nlogging_steps: 1\nbf16: false\nsave_strategy: \"no\"\nseed: 42\n",
+        model.display(),
+        data.display()
+    );
+    let path = dir.path().join("recipe.yaml");
+    fs::write(&path, &recipe).unwrap();
+    let (info, said) = short(dir.path(), &["--config", "recipe.yaml", "--beta", "0.1"]);
+    assert!(said.contains("notice: warmup_ratio"), "{said}");
+    assert_eq!(info["settings"]["beta"], 0.1);
+    assert_eq!(info["settings"]["max_grad_norm"], 0.2);
+    assert_eq!(info["total_steps"], 2);
+    let entries = log(dir.path(), "train_log.jsonl");
+    // Two steps, one of warm-up: the first has rate 0, the second the peak.
+    assert_eq!([&entries[0]["learning_rate"], &entries[1]["learning_rate"]], [0.0, 1e-6]);
+    fs::write(&path, recipe + "push_to_hub: true\n").unwrap();
+    let output = run(Command::new(env!("CARGO_BIN_EXE_trainer")).args(["--config", path.to_str().unwrap()]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("--push-to-hub"), "{}", stderr(&output));
+}
