@@ -20,6 +20,7 @@ mod plan;
 mod preflight;
 pub mod recipe;
 mod reference;
+mod references;
 mod run_info;
 pub mod schedule;
 mod step;

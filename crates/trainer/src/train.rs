@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::Device;
 use decoder::{Companions, Decoder};
 use hub::{Hub, announce};
 use jiff::civil::DateTime;
-use pref_data::{Batches, Bound, Dataset, Order, PairTokens, TemplateSource, Tokenizer};
+use pref_data::{Batches, PairTokens, TemplateSource, Tokenizer};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, State};
@@ -20,11 +19,12 @@ use crate::metrics::Window;
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::preflight::{self, MemoryPlan};
+use crate::references::References;
 use crate::run_info::{COMMIT, RunInfo, peak_memory};
 use crate::schedule;
 use crate::settings::{Every, Resume, Settings};
 use crate::step::{Micro, RefLogps};
-use crate::{backend, evaluate, inspect, reference};
+use crate::{backend, evaluate, inspect};
 
 /// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -86,8 +86,16 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     }
 
     let started = Instant::now();
-    let references =
-        References::get(settings, reference_dir.as_deref(), &model, &data, &plan, &model_hash, &device)?;
+    let references = References::get(
+        settings,
+        reference_dir.as_deref(),
+        &model,
+        &data,
+        &plan,
+        &model_hash,
+        &device,
+        &say,
+    )?;
     let reference_seconds = started.elapsed().as_secs_f64();
     let (model, optimizer) = if let Some(dir) = &resume {
         say(&format!("going on from {} (step {})", dir.display(), state.step));
@@ -142,70 +150,29 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     info.write(&settings.output_dir)?;
     TRAINING.store(true, Ordering::Relaxed);
     let started = Instant::now();
-    let outcome = training.all_steps()?;
-    if outcome == Outcome::Done {
-        checkpoint::write_model(&training.model, &companions, &settings.output_dir)?;
-    }
-    info.status = if outcome == Outcome::Done { "complete" } else { "interrupted" };
+    let outcome = training.all_steps().and_then(|outcome| {
+        if outcome == Outcome::Done {
+            checkpoint::write_model(&training.model, &companions, &settings.output_dir)?;
+        }
+        Ok(outcome)
+    });
+    info.status = match &outcome {
+        Ok(Outcome::Done) => "complete",
+        Ok(Outcome::Interrupted) => "interrupted",
+        Err(_) => "failed",
+    };
     info.train_seconds = started.elapsed().as_secs_f64();
     info.computed_tokens = training.computed_tokens;
     info.peak_memory_bytes = peak_memory();
-    info.write(&settings.output_dir)?;
+    // A failure to write this must not hide why the run failed.
+    let written = info.write(&settings.output_dir);
+    let outcome = outcome?;
+    written?;
     if outcome == Outcome::Done {
         let (dir, seconds) = (settings.output_dir.display(), info.train_seconds);
         say(&format!("trained model: {dir} ({} steps in {seconds:.1} s)", plan.total));
     }
     Ok(outcome)
-}
-
-/// Reference log-probabilities of both splits.
-struct References {
-    train: Vec<RefLogps>,
-    test: Vec<RefLogps>,
-    cached: bool,
-}
-
-impl References {
-    fn get(
-        settings: &Settings,
-        dir: Option<&Path>,
-        model: &Decoder,
-        data: &Data,
-        plan: &Plan,
-        model_hash: &str,
-        device: &Device,
-    ) -> Result<Self> {
-        let loaded = dir.map(|dir| Decoder::load(dir, device)).transpose()?;
-        let model = loaded.as_ref().unwrap_or(model);
-        let mut cached = true;
-        let mut one = |rows: &Dataset, batches: &Batches| -> Result<Vec<RefLogps>> {
-            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), model_hash, &rows.hash());
-            if let Some(values) = reference::read(&path, rows.len()) {
-                return Ok(values);
-            }
-            cached = false;
-            let mut progress = Progress::new("reference", rows.len(), settings.progress_bar);
-            let mut done = 0;
-            let values = reference::compute(model, rows, batches, &path, |rows| {
-                done += rows;
-                progress.set(done);
-            });
-            progress.finish();
-            if let Err(error) = reference::write(&path, &values) {
-                say(&format!("WARNING: the reference log-probabilities could not be cached: {error:#}"));
-            }
-            Ok(values)
-        };
-        let train = one(&data.train, &plan.epoch(0))?;
-        let test = match &data.test {
-            Some(test) => {
-                let bound = Bound::Rows(settings.eval_batch);
-                one(test, &Batches::new(&|_| 0, test.len(), Order::Sequential, bound, 0, 0))?
-            }
-            None => Vec::new(),
-        };
-        Ok(Self { train, test, cached })
-    }
 }
 
 struct Training<'a> {

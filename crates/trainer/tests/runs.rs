@@ -311,3 +311,16 @@ fn a_recipe_runs_and_its_unknown_keys_are_named() {
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("--push-to-hub"), "{}", stderr(&output));
 }
+
+#[test]
+fn a_run_that_diverges_stops_and_names_the_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = run(command(dir.path()).args(["--learning-rate", "1e38", "--max-grad-norm", "0"]));
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("became") && said.contains("on the rows with ids"), "{said}");
+    let info = fs::read_to_string(dir.path().join("out/run.json")).unwrap();
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["status"], "failed");
+    assert!(!dir.path().join("out/model.safetensors").exists());
+}
