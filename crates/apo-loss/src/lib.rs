@@ -23,7 +23,14 @@
 //! | [`discopop`] | `(1 - m)·(-log σ(βδ)) + m·exp(-βδ)`, `m = σ(βδ/τ)` | DiscoPOP, arXiv 2406.08414, eq. 5 |
 //! | [`sft`] | `-log π(y_w\|x)` a token | TRL `sft` |
 //!
-//! All are the forms of TRL 1.16's `DPOTrainer._compute_loss`.
+//! Single completions with a label, `x` their log-ratio, `y = ±1` their label:
+//!
+//! | function | per-row loss | source |
+//! |---|---|---|
+//! | [`kto`] | `1 - σ(yβ(x - kl))`, `kl` from [`kl_estimate`] | KTO, arXiv 2402.01306, eq. 7 |
+//! | [`apo_zero_unpaired`] | `1 - σ(yβx)` | TRL `apo_zero_unpaired` |
+//!
+//! All are the forms of TRL 1.16's `DPOTrainer._compute_loss` and `KTOTrainer._compute_loss`.
 //!
 //! ```
 //! use apo_loss::{PairLogps, apo_zero};
@@ -45,12 +52,14 @@
 mod divergence;
 mod margin;
 mod pair;
+mod unpaired;
 
 use burn::tensor::Tensor;
 
 pub use divergence::{Divergence, Scores};
 pub use margin::{discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm};
 pub use pair::{aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sft, sppo_hard};
+pub use unpaired::{LabelWeights, LabelledLogps, apo_zero_unpaired, kl_estimate, kto};
 
 /// Summed completion log-probabilities, each `[pairs]`, in nats.
 #[derive(Debug, Clone)]

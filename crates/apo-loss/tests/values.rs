@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 use apo_loss::{
-    Divergence, PairLogps, Scores, aot, aot_unpaired, apo_down, apo_zero, bco_pair, discopop, exo_pair,
-    hinge, ipo, nca_pair, rewards, robust, sft, sigmoid, sigmoid_norm, sppo_hard,
+    Divergence, LabelWeights, LabelledLogps, PairLogps, Scores, aot, aot_unpaired, apo_down, apo_zero,
+    apo_zero_unpaired, bco_pair, discopop, exo_pair, hinge, ipo, kl_estimate, kto, nca_pair, rewards, robust,
+    sft, sigmoid, sigmoid_norm, sppo_hard,
 };
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -208,4 +209,39 @@ fn extreme_log_probabilities_give_finite_losses_and_gradients() {
 fn sft_is_the_token_mean() {
     let loss = host(sft(tensor(&[-30.0, -10.0]), 8));
     close(vec![f32::midpoint(loss[0], loss[1])], &[40.0 / 8.0]);
+}
+
+/// ```python
+/// lp, rf = torch.tensor([-10., -300., -55.5, -70.]), torch.tensor([-12., -290., -55.5, -69.])
+/// lab, b, x = torch.tensor([1, 0, 1, 0]).bool(), .1, lp - rf
+/// kl = torch.clamp((torch.tensor([-20., -30., -41., -50.]) - torch.tensor([-21., -33., -40., -52.])).mean(), min=0)
+/// print(torch.where(lab, 1.5*(1 - torch.sigmoid(b*(x - kl))), 0.5*(1 - torch.sigmoid(b*(kl - x)))))
+/// print(torch.where(lab, 1 - torch.sigmoid(b*x), torch.sigmoid(b*x)))
+/// ```
+#[test]
+fn labelled_completions_have_their_values_in_pytorch() {
+    let rows = LabelledLogps {
+        logps: tensor(&[-10.0, -300.0, -55.5, -70.0]).require_grad(),
+        ref_logps: tensor(&[-12.0, -290.0, -55.5, -69.0]),
+        labels: tensor(&[1.0, 0.0, 1.0, 0.0]),
+    };
+    let other = tensor(&[-20.0, -30.0, -41.0, -50.0]).require_grad();
+    let kl = kl_estimate(other.clone(), tensor(&[-21.0, -33.0, -40.0, -52.0]));
+    assert_eq!(host(kl.clone()), [1.25]);
+    assert_eq!(host(kl_estimate(tensor(&[-3.0]), tensor(&[-2.0]))), [0.0], "an estimate below 0 is 0");
+    let loss = kto(&rows, kl, 0.1, LabelWeights { desirable: 1.5, undesirable: 0.5 });
+    close(host(loss.clone()), &[0.721_888_1, 0.122_542_5, 0.796_814, 0.221_993_06]);
+    close(
+        host(apo_zero_unpaired(&rows, 0.1, LabelWeights::default())),
+        &[0.450_166_05, 0.268_941_43, 0.5, 0.475_020_8],
+    );
+    let grads = loss.sum().backward();
+    assert!(other.grad(&grads).is_none(), "the estimate has no gradient");
+    // -w β σ'(β(x - kl)) for desirable rows, the opposite sign for the others.
+    let slope = |x: f32| {
+        let s = 1.0 / (1.0 + (-0.1 * x).exp());
+        0.1 * s * (1.0 - s)
+    };
+    let want = [-1.5 * slope(0.75), 0.5 * slope(-11.25), -1.5 * slope(-1.25), 0.5 * slope(-2.25)];
+    close(host(rows.logps.grad(&grads).unwrap()), &want);
 }
