@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pref_data::write_atomic;
 
@@ -76,17 +77,15 @@ impl Folder {
         create_parent(&path)?;
         let up = "../".repeat(file.matches('/').count() + 2);
         let target = format!("{up}blobs/{}", blob.file_name().unwrap_or_default().to_string_lossy());
-        if !path.is_file() {
-            // A link to a blob that is gone.
-            fs::remove_file(&path).ok();
-        }
-        match link(&target, blob, &path) {
-            // Another process was faster: the same commit has the same blob.
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_file() => Ok(()),
-            result => result.map_err(Error::cache(&path)),
-        }
+        // Made beside its place and renamed: another process finds the old link or the new one, never none.
+        let number = LINKS.fetch_add(1, Ordering::Relaxed);
+        let beside = path.with_file_name(format!(".link-{}-{number}", std::process::id()));
+        link(&target, blob, &beside).and_then(|()| fs::rename(&beside, &path)).map_err(Error::cache(&path))
     }
 }
+
+/// Links made so far, for names of their own.
+static LINKS: AtomicUsize = AtomicUsize::new(0);
 
 #[cfg(unix)]
 fn link(target: &str, _: &Path, path: &Path) -> std::io::Result<()> {
