@@ -27,7 +27,6 @@ type Progress<'a> = &'a dyn Fn(u64, u64);
 struct Facts {
     etag: String,
     size: Option<u64>,
-    redirect: Option<String>,
 }
 
 pub(crate) fn agent() -> Agent {
@@ -82,9 +81,9 @@ impl Hub {
             return Ok(blob);
         }
         let part = folder.blob(&format!("{}.incomplete", facts.etag));
-        let source = facts.redirect.as_deref().unwrap_or(url);
+        // Each attempt asks the Hub anew: the address it redirects to is signed and expires.
         self.attempts(url, &mut || {
-            self.go_on(source, &part, facts.size, progress)?;
+            self.go_on(url, &part, facts.size, progress)?;
             let whole = is_whole(&part, &facts).map_err(Error::cache(&part))?;
             if !whole {
                 fs::remove_file(&part).ok();
@@ -172,7 +171,7 @@ impl Hub {
                     {
                         return Err(answer(url, format!("its etag {etag:?} cannot be a file name")));
                     }
-                    return Ok(Facts { etag, size, redirect: next });
+                    return Ok(Facts { etag, size });
                 }
                 (Some(next), None) => at = next,
                 (None, None) => return Err(answer(url, "the answer has no etag".into())),

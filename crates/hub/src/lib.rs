@@ -13,7 +13,7 @@ mod fetch;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pref_data::Splits;
+use pref_data::{Splits, user_cache_dir};
 use serde_json::Value;
 
 pub use data::{DataRequest, announce, columns, name_and_weight};
@@ -62,10 +62,7 @@ impl Hub {
     /// From the environment, as `huggingface_hub` reads it.
     pub fn from_env() -> Self {
         let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let home = var("HF_HOME").map_or_else(
-            || var("XDG_CACHE_HOME").map_or_else(default_cache, PathBuf::from).join("huggingface"),
-            PathBuf::from,
-        );
+        let home = var("HF_HOME").map_or_else(|| user_cache_dir().join("huggingface"), PathBuf::from);
         let cache = var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
         let token_file = var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
         let token = var("HF_TOKEN").or_else(|| std::fs::read_to_string(token_file).ok());
@@ -271,11 +268,6 @@ fn percent_encoded(part: &str) -> String {
             b => format!("%{b:02X}"),
         })
         .collect()
-}
-
-fn default_cache() -> PathBuf {
-    let home = std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE"));
-    home.map_or_else(std::env::temp_dir, PathBuf::from).join(".cache")
 }
 
 #[cfg(test)]

@@ -108,14 +108,16 @@ pub fn tokenize(
     Ok(Tokenized { set, layout, data_hash, cached: false, warnings })
 }
 
-/// Where caches go: a directory of the user's cache directory.
-pub fn default_cache_dir(name: &str) -> PathBuf {
+/// The user's cache directory: `XDG_CACHE_HOME`, or `.cache` in the home directory.
+pub fn user_cache_dir() -> PathBuf {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("XDG_CACHE_HOME")
-        .or_else(|| var("HOME").map(|home| home.join(".cache")))
-        .unwrap_or_else(std::env::temp_dir)
-        .join("clair-apo")
-        .join(name)
+    let home = || var("HOME").or_else(|| var("USERPROFILE")).map(|home| home.join(".cache"));
+    var("XDG_CACHE_HOME").or_else(home).unwrap_or_else(std::env::temp_dir)
+}
+
+/// Where our own caches go.
+pub fn default_cache_dir(name: &str) -> PathBuf {
+    user_cache_dir().join("clair-apo").join(name)
 }
 
 /// Hash of a file's bytes, remembered for as long as its size and time of change stay the same.

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::median;
 use crate::cargo::{cargo, root};
 use crate::report;
 
@@ -109,11 +110,6 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         report(&format!("{:.1} times TRL's rows a second (medians)", median(ours) / median(theirs)));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn tokenize(binary: &Path, model: &Path, file: &Path, cache: &Path) -> Result<Value> {

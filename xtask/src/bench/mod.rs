@@ -27,3 +27,8 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         ),
     }
 }
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values[values.len() / 2]
+}

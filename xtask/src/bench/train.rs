@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::median;
 use crate::cargo::build;
 use crate::report;
 
@@ -85,20 +86,18 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     summary("ours, f32", &ours);
     if !theirs.is_empty() {
         summary("TRL, f32", &theirs);
-        let ratio = |f: fn(&Measured) -> f64| median(&theirs, f) / median(&ours, f);
+        let ratio = |f: fn(&Measured) -> f64| median_of(&theirs, f) / median_of(&ours, f);
         report(&format!("{:.2}x faster, {:.2}x less memory", ratio(|m| m.seconds), ratio(|m| m.memory)));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn median(all: &[Measured], f: fn(&Measured) -> f64) -> f64 {
-    let mut values: Vec<f64> = all.iter().map(f).collect();
-    values.sort_unstable_by(f64::total_cmp);
-    values[values.len() / 2]
+fn median_of(all: &[Measured], f: fn(&Measured) -> f64) -> f64 {
+    median(all.iter().map(f).collect())
 }
 
 fn summary(name: &str, all: &[Measured]) {
-    let (seconds, memory) = (median(all, |m| m.seconds), median(all, |m| m.memory));
+    let (seconds, memory) = (median_of(all, |m| m.seconds), median_of(all, |m| m.memory));
     report(&format!("{name}: median {seconds:.2} s a step, peak {memory:.2} GB ({} runs)", all.len()));
 }
 
