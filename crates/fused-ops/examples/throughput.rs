@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use fused_ops::{Heads, Segments, attention, head, linear, rms_norm, swiglu};
+use fused_ops::{Activation, Heads, Logits, Scores, Segments, attention, gated, head, linear, rms_norm};
 
 fn random(rows: usize, cols: usize) -> Tensor<2> {
     Tensor::random([rows, cols], Distribution::Normal(0.0, 1.0), &Device::flex())
@@ -45,11 +45,11 @@ fn main() {
     let targets = Arc::new((0..n as u32).collect::<Vec<_>>());
     let flops = 2.0 * (n * h * v) as f64;
     time("head forward, 1024 rows, vocabulary 49152", flops, || {
-        drop(head(hidden.clone(), w.clone(), &targets));
+        drop(head(hidden.clone(), w.clone(), &targets, Logits::default()));
     });
     time("head forward + backward", 4.0 * flops, || {
         let (hidden, w) = (tracked(&hidden), tracked(&w));
-        drop(head(hidden, w, &targets).logps.sum().backward());
+        drop(head(hidden, w, &targets, Logits::default()).logps.sum().backward());
     });
     let heads = Heads { query: 9, kv: 3, dim: 64 };
     let mut segments = Segments::default();
@@ -59,7 +59,7 @@ fn main() {
     let (q, k, value) = (random(t, 576), random(t, 192), random(t, 192));
     let pairs: f64 = 2.0 * (324.0 * 324.0 / 2.0 + 2.0 * (350.0 * 324.0 + 350.0 * 350.0 / 2.0));
     let flops = 4.0 * 576.0 * pairs;
-    let run = |q, k, v| attention(q, k, v, &segments, heads, 0.125);
+    let run = |q, k, v| attention(q, k, v, &segments, heads, Scores::scaled(0.125));
     time("attention forward", flops, || drop(run(q.clone(), k.clone(), value.clone())));
     time("attention forward + backward", 3.5 * flops, || {
         drop(run(tracked(&q), tracked(&k), tracked(&value)).sum().backward());
@@ -69,6 +69,6 @@ fn main() {
         drop(rms_norm(tracked(&x), tracked(&norm), 1e-5).sum().backward());
     });
     time("swiglu forward + backward", 0.0, || {
-        drop(swiglu(tracked(&inner), tracked(&inner)).sum().backward());
+        drop(gated(tracked(&inner), tracked(&inner), Activation::Silu).sum().backward());
     });
 }

@@ -44,16 +44,60 @@ pub struct Rotary {
     pub cos: Arc<[f32]>,
     /// `[tokens, half]` sines, row-major.
     pub sin: Arc<[f32]>,
-    /// Half of the head dimension.
+    /// Half of the features that are rotated.
     pub half: usize,
+    /// Features of a head; those beyond `2 · half` stay as they are.
+    pub dim: usize,
+}
+
+/// How attention turns products of queries and keys into scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// Factor of the products.
+    pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+    /// A query sees this many positions at most, its own included.
+    pub window: Option<usize>,
+}
+
+impl Scores {
+    /// Scaled products of everything before a query.
+    pub fn scaled(scale: f32) -> Self {
+        Self { scale, softcap: None, window: None }
+    }
+}
+
+/// How the head turns products into logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Logits {
+    /// Factor of the products.
+    pub scale: f32,
+    /// Logits become `cap · tanh(logit / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+}
+
+impl Default for Logits {
+    fn default() -> Self {
+        Self { scale: 1.0, softcap: None }
+    }
+}
+
+/// Activation of a feed-forward block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// `x / 2 · (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`, the `gelu_pytorch_tanh` and `gelu_new` of transformers.
+    GeluTanh,
 }
 
 /// What [`head`] returns for each of its `n` positions.
 pub struct HeadOutput {
     /// Log-probability of the target, `[n]`, differentiable.
     pub logps: Tensor<1>,
-    /// Entropy (nats), mean logit over the vocabulary, and 1 where the target is the arg-max:
-    /// `[n, 3]`, never differentiated.
+    /// Entropy (nats), mean logit over the vocabulary, 1 where the target is the arg-max, and the log of
+    /// the sum of the squared probabilities: `[n, 4]`, never differentiated.
     pub stats: Tensor<2>,
 }
 
@@ -111,17 +155,22 @@ pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<
 /// (`transformers.models.llama.modeling_llama.apply_rotary_pos_emb`).
 ///
 /// # Shapes
-/// - `x`: `[tokens, heads · 2·half]`; `table` has one row a token.
+/// - `x`: `[tokens, heads · dim]`; `table` has one row a token.
 pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
     route!(x => flex::rotary(x, table), plain::rotary(x, table))
 }
 
-/// `silu(gate) * up`, the activation of a gated MLP.
+/// `activation(gate) * up` of a gated MLP.
 ///
 /// # Shapes
 /// - `gate` and `up`: equal.
-pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    route!(gate => flex::swiglu(gate, up), plain::swiglu(gate, up))
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    route!(gate => flex::gated(gate, up, activation), plain::gated(gate, up, activation))
+}
+
+/// An activation by itself; any shape.
+pub fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
+    route!(x => flex::activate(x, activation), plain::activate(x, activation))
 }
 
 /// Scaled dot-product attention over [`Segments`], without ever storing a `[tokens, tokens]` matrix.
@@ -135,9 +184,9 @@ pub fn attention(
     v: Tensor<2>,
     segments: &Arc<Segments>,
     heads: Heads,
-    scale: f32,
+    scores: Scores,
 ) -> Tensor<2> {
-    route!(q => flex::attention(q, k, v, segments, heads, scale), plain::attention(q, k, v, segments, heads, scale))
+    route!(q => flex::attention(q, k, v, segments, heads, scores), plain::attention(q, k, v, segments, heads, scores))
 }
 
 /// Language-model head: log-probability of one target a row, in chunks of rows, so that the
@@ -145,9 +194,9 @@ pub fn attention(
 ///
 /// # Shapes
 /// - `hidden`: `[n, features]`, `w`: `[vocab, features]`, `targets`: `n` ids below `vocab`.
-pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>) -> HeadOutput {
+pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Logits) -> HeadOutput {
     assert_eq!(hidden.dims()[0], targets.len(), "one target for each row of `hidden`");
-    route!(hidden => flex::head(hidden, w, targets), plain::head(hidden, w, targets))
+    route!(hidden => flex::head(hidden, w, targets, logits), plain::head(hidden, w, targets, logits))
 }
 
 /// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.

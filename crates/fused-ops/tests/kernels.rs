@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use fused_ops::{AdamW, Heads, Moments, Rotary, Segment, Segments, plain};
+use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Rotary, Scores, Segment, Segments, plain};
 
 fn device() -> Device {
     Device::flex().autodiff()
@@ -72,28 +72,40 @@ fn norms_match() {
 }
 
 #[test]
-fn rotary_and_swiglu_match() {
+fn rotary_and_activations_match() {
     let (tokens, half) = (19, 8);
     let angles: Vec<f32> = (0..tokens * half).map(|i| i as f32 * 0.37).collect();
     let table = Rotary {
         cos: angles.iter().map(|a| a.cos()).collect(),
         sin: angles.iter().map(|a| a.sin()).collect(),
         half,
+        dim: 2 * half,
     };
-    let x = random(tokens, 3 * 2 * half);
-    check(
-        std::slice::from_ref(&x),
-        1e-6,
-        || fused_ops::rotary(x.clone(), &table),
-        || plain::rotary(x.clone(), &table),
-    );
+    // All features of a head, or a part of them.
+    for dim in [2 * half, 2 * half + 4] {
+        let (x, table) = (random(tokens, 3 * dim), Rotary { dim, ..table.clone() });
+        check(
+            std::slice::from_ref(&x),
+            1e-6,
+            || fused_ops::rotary(x.clone(), &table),
+            || plain::rotary(x.clone(), &table),
+        );
+    }
     let (gate, up) = (random(tokens, 33), random(tokens, 33));
-    check(
-        &[gate.clone(), up.clone()],
-        1e-5,
-        || fused_ops::swiglu(gate.clone(), up.clone()),
-        || plain::swiglu(gate.clone(), up.clone()),
-    );
+    for kind in [Activation::Silu, Activation::GeluTanh] {
+        check(
+            &[gate.clone(), up.clone()],
+            1e-5,
+            || fused_ops::gated(gate.clone(), up.clone(), kind),
+            || plain::gated(gate.clone(), up.clone(), kind),
+        );
+        check(
+            std::slice::from_ref(&gate),
+            1e-5,
+            || fused_ops::activate(gate.clone(), kind),
+            || plain::activate(gate.clone(), kind),
+        );
+    }
 }
 
 #[test]
@@ -108,12 +120,17 @@ fn packed_attention_matches() {
     }
     let segments = Arc::new(segments);
     let (q, k, v) = (random(at, 48), random(at, 16), random(at, 16));
-    check(
-        &[q.clone(), k.clone(), v.clone()],
-        2e-5,
-        || fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.35),
-        || plain::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.35),
-    );
+    for (softcap, window) in
+        [(None, None), (Some(2.0), None), (None, Some(70)), (Some(1.5), Some(5)), (None, Some(1))]
+    {
+        let scores = Scores { scale: 0.35, softcap, window };
+        check(
+            &[q.clone(), k.clone(), v.clone()],
+            2e-5,
+            || fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores),
+            || plain::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores),
+        );
+    }
 }
 
 #[test]
@@ -124,8 +141,9 @@ fn attention_over_a_cache_matches() {
     segments.push(Segment { query: 1, len: 3, prefix: 20, prefix_len: 0, own: 20 });
     let segments = Arc::new(segments);
     let (q, k, v) = (random(5, 32), random(30, 32), random(30, 32));
-    let out = fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, 0.5);
-    let want = plain::attention(q, k, v, &segments, heads, 0.5);
+    let scores = Scores::scaled(0.5);
+    let out = fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores);
+    let want = plain::attention(q, k, v, &segments, heads, scores);
     assert!(difference(&out, &want) < 1e-5);
     let unattended = out.inner().narrow(0, 4, 1).abs().sum().into_scalar::<f32>();
     assert_eq!(unattended, 0.0, "a query outside every segment stays zero");
@@ -136,15 +154,32 @@ fn head_matches() {
     let (h, w) = (random(40, 16), random(101, 16));
     let targets = Arc::new((0..40).map(|i| (i * 7) % 101).collect::<Vec<u32>>());
     let flat = |out: fused_ops::HeadOutput| out.logps.reshape([40, 1]);
-    check(
-        &[h.clone(), w.clone()],
-        1e-5,
-        || flat(fused_ops::head(h.clone(), w.clone(), &targets)),
-        || flat(plain::head(h.clone(), w.clone(), &targets)),
-    );
-    let fused = fused_ops::head(h.clone(), w.clone(), &targets).stats;
-    let want = plain::head(h, w, &targets).stats;
-    assert!(difference(&fused, &want) < 2e-5, "statistics differ by {:e}", difference(&fused, &want));
+    for logits in [Logits::default(), Logits { scale: 0.5, softcap: Some(3.0) }] {
+        check(
+            &[h.clone(), w.clone()],
+            1e-5,
+            || flat(fused_ops::head(h.clone(), w.clone(), &targets, logits)),
+            || flat(plain::head(h.clone(), w.clone(), &targets, logits)),
+        );
+        let fused = fused_ops::head(h.clone(), w.clone(), &targets, logits).stats;
+        let want = plain::head(h.clone(), w.clone(), &targets, logits).stats;
+        assert!(difference(&fused, &want) < 2e-5, "statistics differ by {:e}", difference(&fused, &want));
+    }
+}
+
+#[test]
+fn frozen_weights_change_no_gradient_and_get_none() {
+    let (x, v, h) = (random(11, 24), random(24, 9), random(30, 9));
+    let targets = Arc::new(vec![3; 11]);
+    let run = |v: Tensor<2>, h: Tensor<2>| {
+        let hidden = fused_ops::linear(x.clone(), v.transpose());
+        fused_ops::head(hidden, h, &targets, Logits::default()).logps.sum().backward()
+    };
+    let with = run(v.clone(), h.clone());
+    let (frozen_v, frozen_h) = (Tensor::from_inner(v.inner()), Tensor::from_inner(h.inner()));
+    let without = run(frozen_v.clone(), frozen_h.clone());
+    assert_eq!(difference(&x.grad(&with).unwrap(), &x.grad(&without).unwrap()), 0.0);
+    assert!(frozen_v.grad(&without).is_none() && frozen_h.grad(&without).is_none());
 }
 
 #[test]
@@ -156,8 +191,8 @@ fn head_of_a_large_vocabulary_takes_several_chunks() {
     check(
         &[h.clone(), w.clone()],
         2e-5,
-        || flat(fused_ops::head(h.clone(), w.clone(), &targets)),
-        || flat(plain::head(h.clone(), w.clone(), &targets)),
+        || flat(fused_ops::head(h.clone(), w.clone(), &targets, Logits::default())),
+        || flat(plain::head(h.clone(), w.clone(), &targets, Logits::default())),
     );
 }
 
@@ -215,5 +250,5 @@ fn overlapping_segments_are_refused() {
     segments.push_row(6, 2, &[]);
     let x = random(8, 8);
     let heads = Heads { query: 1, kv: 1, dim: 8 };
-    fused_ops::attention(x.clone(), x.clone(), x, &Arc::new(segments), heads, 1.0);
+    fused_ops::attention(x.clone(), x.clone(), x, &Arc::new(segments), heads, Scores::scaled(1.0));
 }

@@ -9,7 +9,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 use super::{FusedOps, Three, Two};
-use crate::{Heads, Rotary, Segments};
+use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
 
 /// Declares an autodiff node type: its saved state and the gradients of its parents.
 macro_rules! node {
@@ -32,7 +32,6 @@ macro_rules! node {
     };
 }
 
-node!(Linear<B>, 2, (FloatTensor<B>, FloatTensor<B>), |g, (x, w)| B::linear_backward(g, x, w).into());
 node!(RmsNorm<B>, 2, (FloatTensor<B>, FloatTensor<B>, f32), |g, (x, w, eps)| {
     B::rms_norm_backward(g, x, w, eps).into()
 });
@@ -40,7 +39,10 @@ node!(LayerNorm<B>, 3, (FloatTensor<B>, FloatTensor<B>, f32), |g, (x, w, eps)| {
     B::layer_norm_backward(g, x, w, eps).into()
 });
 node!(Rotate<B>, 1, Rotary, |g, table| [B::fused_rotary(g, table, -1.0)]);
-node!(SwiGlu<B>, 2, (FloatTensor<B>, FloatTensor<B>), |g, (a, b)| B::swiglu_backward(g, a, b).into());
+node!(Gated<B>, 2, (FloatTensor<B>, FloatTensor<B>, Activation), |g, (a, b, kind)| {
+    B::gated_backward(g, a, b, kind).into()
+});
+node!(Activate<B>, 1, (FloatTensor<B>, Activation), |g, (x, kind)| [B::activate_backward(g, x, kind)]);
 node!(
     Attention<B>,
     3,
@@ -52,31 +54,63 @@ node!(
         FloatTensor<B>,
         Arc<Segments>,
         Heads,
-        f32
+        Scores
     ),
-    |g, (q, k, v, out, lse, segments, heads, scale)| {
-        B::attention_backward(g, q, k, v, out, lse, segments, heads, scale).into()
+    |g, (q, k, v, out, lse, segments, heads, scores)| {
+        B::attention_backward(g, q, k, v, out, lse, segments, heads, scores).into()
     }
 );
 node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
-node!(Head<B>, 2, (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Vec<u32>>), |g,
-                                                                                    (
-    hidden,
-    w,
-    lse,
-    targets,
-)| B::head_backward(
-    g, hidden, w, lse, targets
-)
-.into());
+
+/// A weight that is not trained has no gradient: none is computed, and what it would need is not kept.
+#[derive(Debug)]
+struct Linear;
+
+impl<B: FusedOps> Backward<B, 2> for Linear {
+    /// The input, kept for the weight's gradient, and the weight, kept for the input's.
+    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (x, w) = ops.state;
+        let [x_node, w_node] = ops.parents;
+        if let (Some(node), Some(w)) = (x_node, w) {
+            grads.register::<B>(node.id, B::linear_grad_input(grad.clone(), w));
+        }
+        if let (Some(node), Some(x)) = (w_node, x) {
+            grads.register::<B>(node.id, B::linear_grad_weight(grad, x));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Head;
+
+impl<B: FusedOps> Backward<B, 2> for Head {
+    type State = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Vec<u32>>, Logits);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (hidden, w, lse, targets, logits) = ops.state;
+        let [hidden_node, w_node] = ops.parents;
+        let (dh, dw) = B::head_backward(grad, hidden, w, lse, targets, logits, w_node.is_some());
+        if let Some(node) = hidden_node {
+            grads.register::<B>(node.id, dh);
+        }
+        if let Some(node) = w_node {
+            grads.register::<B>(node.id, dw);
+        }
+    }
+}
 
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         let nodes = [x.node(), w.node()];
+        let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
         let (x, w) = (x.into_primitive(), w.into_primitive());
         let out = B::fused_linear(x.clone(), w.clone());
         match Linear.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((x, w), out),
+            OpsKind::Tracked(p) => p.finish((of_weight.then_some(x), of_input.then_some(w)), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
     }
@@ -115,12 +149,22 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         }
     }
 
-    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
         let nodes = [gate.node(), up.node()];
         let (gate, up) = (gate.into_primitive(), up.into_primitive());
-        let out = B::fused_swiglu(gate.clone(), up.clone());
-        match SwiGlu.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((gate, up), out),
+        let out = B::fused_gated(gate.clone(), up.clone(), kind);
+        match Gated.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(p) => p.finish((gate, up, kind), out),
+            OpsKind::UnTracked(p) => p.finish(out),
+        }
+    }
+
+    fn fused_activate(x: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
+        let nodes = [x.node()];
+        let x = x.into_primitive();
+        let out = B::fused_activate(x.clone(), kind);
+        match Activate.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(p) => p.finish((x, kind), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
     }
@@ -131,14 +175,14 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         v: FloatTensor<Self>,
         segments: Arc<Segments>,
         heads: Heads,
-        scale: f32,
+        scores: Scores,
     ) -> Two<Self> {
         let nodes = [q.node(), k.node(), v.node()];
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-        let (out, lse) = B::fused_attention(q.clone(), k.clone(), v.clone(), segments.clone(), heads, scale);
+        let (out, lse) = B::fused_attention(q.clone(), k.clone(), v.clone(), segments.clone(), heads, scores);
         let untracked = <Self as AutodiffBackend>::from_inner(lse.clone());
         let out = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((q, k, v, out.clone(), lse, segments, heads, scale), out),
+            OpsKind::Tracked(p) => p.finish((q, k, v, out.clone(), lse, segments, heads, scores), out),
             OpsKind::UnTracked(p) => p.finish(out),
         };
         (out, untracked)
@@ -159,22 +203,30 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         unreachable!("{SECOND_ORDER}")
     }
 
-    fn fused_head(hidden: FloatTensor<Self>, w: FloatTensor<Self>, targets: Arc<Vec<u32>>) -> Three<Self> {
+    fn fused_head(
+        hidden: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+        logits: Logits,
+    ) -> Three<Self> {
         let nodes = [hidden.node(), w.node()];
         let (hidden, w) = (hidden.into_primitive(), w.into_primitive());
-        let (logps, stats, lse) = B::fused_head(hidden.clone(), w.clone(), targets.clone());
+        let (logps, stats, lse) = B::fused_head(hidden.clone(), w.clone(), targets.clone(), logits);
         let (stats, lse_out) = (
             <Self as AutodiffBackend>::from_inner(stats),
             <Self as AutodiffBackend>::from_inner(lse.clone()),
         );
         let logps = match Head.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((hidden, w, lse, targets), logps),
+            OpsKind::Tracked(p) => p.finish((hidden, w, lse, targets, logits), logps),
             OpsKind::UnTracked(p) => p.finish(logps),
         };
         (logps, stats, lse_out)
     }
 
-    fn linear_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> Two<Self> {
+    fn linear_grad_input(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
+    fn linear_grad_weight(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }
     fn rms_norm_backward(
@@ -193,7 +245,15 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     ) -> Three<Self> {
         unreachable!("{SECOND_ORDER}")
     }
-    fn swiglu_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> Two<Self> {
+    fn gated_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: Activation,
+    ) -> Two<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
+    fn activate_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: Activation) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }
     fn attention_backward(
@@ -205,7 +265,7 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: Arc<Segments>,
         _: Heads,
-        _: f32,
+        _: Scores,
     ) -> Three<Self> {
         unreachable!("{SECOND_ORDER}")
     }
@@ -215,6 +275,8 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: Arc<Vec<u32>>,
+        _: Logits,
+        _: bool,
     ) -> Two<Self> {
         unreachable!("{SECOND_ORDER}")
     }

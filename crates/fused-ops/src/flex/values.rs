@@ -10,7 +10,7 @@ use super::{FusedOps, Three, Two};
 use crate::kernels::attention::Operands;
 use crate::kernels::matrix::{Mat, matmul};
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
-use crate::{Heads, Rotary, Segments};
+use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
 
 fn flat(t: &FlexTensor) -> FlexTensor {
     t.to_contiguous()
@@ -41,15 +41,22 @@ impl FusedOps for Flex {
         new(out, &[tokens, outer])
     }
 
-    fn linear_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor) -> Two<Self> {
-        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
-        let ([tokens, inner], [outer, _]) = (dims(&x), dims(&w));
-        let g = Mat::rows(grad.storage(), outer);
+    fn linear_grad_input(grad: FlexTensor, w: FlexTensor) -> FlexTensor {
+        let (grad, w) = (flat(&grad), flat(&w));
+        let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&w));
         let mut dx = vec![0.0; tokens * inner];
-        matmul(&mut dx, false, (tokens, inner, outer), g, Mat::rows(w.storage(), inner));
+        let (g, w) = (Mat::rows(grad.storage(), outer), Mat::rows(w.storage(), inner));
+        matmul(&mut dx, false, (tokens, inner, outer), g, w);
+        new(dx, &[tokens, inner])
+    }
+
+    fn linear_grad_weight(grad: FlexTensor, x: FlexTensor) -> FlexTensor {
+        let (grad, x) = (flat(&grad), flat(&x));
+        let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&x));
         let mut dw = vec![0.0; outer * inner];
-        matmul(&mut dw, false, (outer, inner, tokens), g.t(), Mat::rows(x.storage(), inner));
-        (like(dx, &x), like(dw, &w))
+        let (g, x) = (Mat::rows(grad.storage(), outer), Mat::rows(x.storage(), inner));
+        matmul(&mut dw, false, (outer, inner, tokens), g.t(), x);
+        new(dw, &[outer, inner])
     }
 
     fn fused_rms_norm(x: FlexTensor, w: FlexTensor, eps: f32) -> FlexTensor {
@@ -77,18 +84,33 @@ impl FusedOps for Flex {
     fn fused_rotary(x: FlexTensor, table: Rotary, sign: f32) -> FlexTensor {
         let x = flat(&x);
         let features = dims(&x)[1];
-        like(elementwise::rotate(x.storage(), features, &table.cos, &table.sin, table.half, sign), &x)
+        assert!(
+            features.is_multiple_of(table.dim),
+            "rotary: {features} features are not heads of {}",
+            table.dim
+        );
+        like(elementwise::rotate(x.storage(), features, &table, sign), &x)
     }
 
-    fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    fn fused_gated(gate: FlexTensor, up: FlexTensor, kind: Activation) -> FlexTensor {
         let (gate, up) = (flat(&gate), flat(&up));
-        like(elementwise::swiglu_forward(gate.storage(), up.storage()), &gate)
+        like(elementwise::gated_forward(gate.storage(), up.storage(), kind), &gate)
     }
 
-    fn swiglu_backward(grad: FlexTensor, gate: FlexTensor, up: FlexTensor) -> Two<Self> {
+    fn gated_backward(grad: FlexTensor, gate: FlexTensor, up: FlexTensor, kind: Activation) -> Two<Self> {
         let (grad, gate, up) = (flat(&grad), flat(&gate), flat(&up));
-        let (dg, du) = elementwise::swiglu_backward(grad.storage(), gate.storage(), up.storage());
+        let (dg, du) = elementwise::gated_backward(grad.storage(), gate.storage(), up.storage(), kind);
         (like(dg, &gate), like(du, &up))
+    }
+
+    fn fused_activate(x: FlexTensor, kind: Activation) -> FlexTensor {
+        let x = flat(&x);
+        like(elementwise::activate_forward(x.storage(), kind), &x)
+    }
+
+    fn activate_backward(grad: FlexTensor, x: FlexTensor, kind: Activation) -> FlexTensor {
+        let (grad, x) = (flat(&grad), flat(&x));
+        like(elementwise::activate_backward(grad.storage(), x.storage(), kind), &x)
     }
 
     fn fused_attention(
@@ -97,13 +119,13 @@ impl FusedOps for Flex {
         v: FlexTensor,
         segments: Arc<Segments>,
         heads: Heads,
-        scale: f32,
+        scores: Scores,
     ) -> Two<Self> {
         let (q, k, v) = (flat(&q), flat(&k), flat(&v));
         let (queries, keys) = segments.extent();
         assert!(queries <= dims(&q)[0] && keys <= dims(&k)[0], "segments reach beyond the tensors");
         assert!(segments.is_disjoint(), "segments overlap");
-        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scale };
+        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
         let (out, lse) = attn::forward(x, &segments);
         (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))
     }
@@ -117,10 +139,10 @@ impl FusedOps for Flex {
         lse: FlexTensor,
         segments: Arc<Segments>,
         heads: Heads,
-        scale: f32,
+        scores: Scores,
     ) -> Three<Self> {
         let (grad, q, k, v) = (flat(&grad), flat(&q), flat(&k), flat(&v));
-        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scale };
+        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
         let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), out.storage(), lse.storage());
         (like(dq, &q), like(dk, &k), like(dv, &v))
     }
@@ -145,12 +167,12 @@ impl FusedOps for Flex {
         new(out, &[values])
     }
 
-    fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>) -> Three<Self> {
+    fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
         let (hidden, w) = (flat(&hidden), flat(&w));
         let (n, [vocab, dim]) = (targets.len(), dims(&w));
         assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
-        let result = lm_head::forward(hidden.storage(), w.storage(), dim, &targets);
-        (new(result.logps, &[n]), new(result.stats, &[n, 3]), new(result.lse, &[n]))
+        let result = lm_head::forward(hidden.storage(), w.storage(), dim, &targets, logits);
+        (new(result.logps, &[n]), new(result.stats, &[n, 4]), new(result.lse, &[n]))
     }
 
     fn head_backward(
@@ -159,11 +181,14 @@ impl FusedOps for Flex {
         w: FlexTensor,
         lse: FlexTensor,
         targets: Arc<Vec<u32>>,
+        logits: Logits,
+        of_weight: bool,
     ) -> Two<Self> {
         let (grad, hidden, w) = (flat(&grad), flat(&hidden), flat(&w));
         let dim = dims(&w)[1];
         let (g, h, weight) = (grad.storage(), hidden.storage(), w.storage());
-        let (dh, dw) = lm_head::backward(g, h, weight, dim, &targets, lse.storage());
-        (like(dh, &hidden), like(dw, &w))
+        let (dh, dw) = lm_head::backward(g, h, weight, dim, &targets, lse.storage(), logits, of_weight);
+        let dw = if of_weight { like(dw, &w) } else { new(dw, &[0, dim]) };
+        (like(dh, &hidden), dw)
     }
 }

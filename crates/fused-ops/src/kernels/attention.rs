@@ -5,12 +5,14 @@
 
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::head::dot;
 use super::matrix::{Mat, Shared, accumulate, matmul_block};
-use super::simd::{exp, exp_shifted, max, wide};
-use crate::{Heads, Segment, Segments};
+use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, wide};
+use crate::{Heads, Scores, Segment, Segments};
 
 /// Queries of a block.
 const BLOCK: usize = 64;
@@ -26,8 +28,8 @@ pub struct Operands<'a> {
     pub v: &'a [f32],
     /// Head layout.
     pub heads: Heads,
-    /// Factor of the scores.
-    pub scale: f32,
+    /// How scores are made.
+    pub scores: Scores,
 }
 
 impl<'a> Operands<'a> {
@@ -51,14 +53,22 @@ impl<'a> Operands<'a> {
     }
 }
 
-/// A block of queries of a segment: its first query (within the segment), its length, and the number
-/// of prefix and own keys that its last query sees.
+/// A block of queries of a segment, and the prefix and own keys that any of them sees.
 #[derive(Clone, Copy)]
 struct Block {
+    /// First query, within the segment.
     first: usize,
+    /// Number of queries.
     len: usize,
+    /// First prefix key and number of prefix keys.
+    prefix_start: usize,
     prefix: usize,
+    /// First own key and number of own keys.
+    own_start: usize,
     own: usize,
+    /// Position of the first query, and the window.
+    position: usize,
+    window: usize,
 }
 
 impl Block {
@@ -66,17 +76,26 @@ impl Block {
         self.prefix + self.own
     }
 
-    /// Keys that query `row` of the block sees.
-    fn visible(self, row: usize) -> usize {
-        self.prefix + self.first + row + 1
+    /// Those of the block's keys that query `row` sees.
+    fn visible(self, row: usize) -> Range<usize> {
+        let end = self.position + row + 1;
+        let skipped = self.prefix_start + self.own_start;
+        end.saturating_sub(self.window).max(skipped) - skipped..end - skipped
     }
 }
 
-fn blocks(segment: &Segment) -> impl Iterator<Item = Block> {
+fn blocks(segment: &Segment, window: Option<usize>) -> impl Iterator<Item = Block> {
     let (total, prefix) = (segment.len, segment.prefix_len);
+    let window = window.unwrap_or(usize::MAX);
     (0..total).step_by(BLOCK).map(move |first| {
         let len = BLOCK.min(total - first);
-        Block { first, len, prefix, own: first + len }
+        let position = prefix + first;
+        // What the window hides from the first query it hides from all.
+        let hidden = (position + 1).saturating_sub(window);
+        let prefix_start = hidden.min(prefix);
+        let own_start = hidden - prefix_start;
+        let (prefix, own) = (prefix - prefix_start, first + len - own_start);
+        Block { first, len, prefix_start, prefix, own_start, own, position, window }
     })
 }
 
@@ -94,10 +113,10 @@ fn products(
     let (keys, dim) = (b.keys(), x.heads.dim);
     let q = x.of_query(left, s.query + b.first, head);
     if b.prefix > 0 {
-        let k = x.of_key(right, s.prefix, head);
+        let k = x.of_key(right, s.prefix + b.prefix_start, head);
         matmul_block(out, keys, false, (b.len, b.prefix, dim), q, k.t(), scale);
     }
-    let k = x.of_key(right, s.own, head);
+    let k = x.of_key(right, s.own + b.own_start, head);
     matmul_block(&mut out[b.prefix..], keys, false, (b.len, b.own, dim), q, k.t(), scale);
 }
 
@@ -113,9 +132,10 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
         .flat_map(|&segment| (0..x.heads.query).map(move |head| (segment, head)))
         .collect();
     tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (segment, head)| {
-        for block in blocks(&segment) {
+        for block in blocks(&segment, x.scores.window) {
             scores.resize(block.len * block.keys(), 0.0);
-            products(&x, x.q, x.k, x.scale, &segment, block, head, scores);
+            products(&x, x.q, x.k, x.scores.scale, &segment, block, head, scores);
+            cap(scores, x.scores.softcap);
             let first = segment.query + block.first;
             // SAFETY: queries of different segments and the features of different heads are disjoint,
             // so no other task writes these elements.
@@ -127,12 +147,13 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
                 let weights = Mat::rows(scores, block.keys());
                 if block.prefix > 0 {
                     let size = (block.len, x.heads.dim, block.prefix);
-                    let v = x.of_key(x.v, segment.prefix, head);
+                    let v = x.of_key(x.v, segment.prefix + block.prefix_start, head);
                     accumulate(out_ptr, at, x.query_stride(), size, weights, v);
                 }
                 let weights = Mat::rows(&scores[block.prefix..], block.keys());
                 let size = (block.len, x.heads.dim, block.own);
-                accumulate(out_ptr, at, x.query_stride(), size, weights, x.of_key(x.v, segment.own, head));
+                let v = x.of_key(x.v, segment.own + block.own_start, head);
+                accumulate(out_ptr, at, x.query_stride(), size, weights, v);
             }
         }
     });
@@ -145,18 +166,29 @@ impl Shared {
     }
 }
 
+fn cap(scores: &mut [f32], cap: Option<f32>) {
+    if let Some(cap) = cap {
+        wide(
+            #[inline(always)]
+            || scores.iter_mut().for_each(|s| *s = softcap(*s, cap)),
+        );
+    }
+}
+
 /// Softmax of each row over the keys it sees; the others become 0. Reports each log-sum-exp.
 fn softmax(scores: &mut [f32], block: Block, mut report: impl FnMut(usize, f32)) {
     wide(
         #[inline(always)]
         || {
             for (row, scores) in scores.chunks_exact_mut(block.keys()).enumerate() {
-                let (seen, hidden) = scores.split_at_mut(block.visible(row));
+                let Range { start, end } = block.visible(row);
+                scores[..start].fill(0.0);
+                scores[end..].fill(0.0);
+                let seen = &mut scores[start..end];
                 let top = max(seen);
                 let sum = exp_shifted(seen, top);
                 let scale = 1.0 / sum;
                 seen.iter_mut().for_each(|p| *p *= scale);
-                hidden.fill(0.0);
                 report(row, top + sum.ln());
             }
         },
@@ -173,11 +205,12 @@ pub fn backward(x: Operands, segments: &Segments, grad: &[f32], out: &[f32], lse
     tasks.into_par_iter().for_each_init(Default::default, |(p, dp): &mut (Vec<f32>, Vec<f32>), (row, kv)| {
         for segment in row {
             for head in kv * group..(kv + 1) * group {
-                for block in blocks(segment) {
+                for block in blocks(segment, x.scores.window) {
                     let size = block.len * block.keys();
                     p.resize(size, 0.0);
                     dp.resize(size, 0.0);
-                    products(&x, x.q, x.k, x.scale, segment, block, head, p);
+                    products(&x, x.q, x.k, x.scores.scale, segment, block, head, p);
+                    cap(p, x.scores.softcap);
                     products(&x, grad, x.v, 1.0, segment, block, head, dp);
                     score_gradients(&x, segment, block, head, grad, out, lse, p, dp);
                     // SAFETY: keys of different rows, and the features of different key heads, are
@@ -203,22 +236,26 @@ fn score_gradients(
     dp: &mut [f32],
 ) {
     let (keys, dim) = (block.keys(), x.heads.dim);
+    let Scores { scale, softcap, .. } = x.scores;
     for row in 0..block.len {
         let token = s.query + block.first + row;
         let at = token * x.query_stride() + head * dim;
         let delta = dot(&grad[at..at + dim], &out[at..at + dim]);
         let shift = lse[token * x.heads.query + head];
-        let visible = block.visible(row);
+        let Range { start, end } = block.visible(row);
         let (p, dp) = (&mut p[row * keys..(row + 1) * keys], &mut dp[row * keys..(row + 1) * keys]);
         wide(
             #[inline(always)]
             || {
-                for (p, dp) in p[..visible].iter_mut().zip(&mut dp[..visible]) {
+                for (p, dp) in p[start..end].iter_mut().zip(&mut dp[start..end]) {
+                    let slope = softcap.map_or(1.0, |cap| softcap_slope(*p, cap));
                     *p = exp(*p - shift);
-                    *dp = *p * (*dp - delta) * x.scale;
+                    *dp = *p * (*dp - delta) * scale * slope;
                 }
-                p[visible..].fill(0.0);
-                dp[visible..].fill(0.0);
+                for hidden in [0..start, end..keys] {
+                    p[hidden.clone()].fill(0.0);
+                    dp[hidden].fill(0.0);
+                }
             },
         );
     }
@@ -243,7 +280,8 @@ unsafe fn scatter(
     let kv = head / (x.heads.query / x.heads.kv);
     let first = s.query + block.first;
     let (q, g) = (x.of_query(x.q, first, head), x.of_query(grad, first, head));
-    let parts = [(0, block.prefix, s.prefix), (block.prefix, block.own, s.own)];
+    let prefix = (0, block.prefix, s.prefix + block.prefix_start);
+    let parts = [prefix, (block.prefix, block.own, s.own + block.own_start)];
     for (column, len, token) in parts.into_iter().filter(|part| part.1 > 0) {
         let (p, ds) = (Mat::rows(&p[column..], keys), Mat::rows(&ds[column..], keys));
         let key_at = (token * x.heads.kv + kv) * dim;

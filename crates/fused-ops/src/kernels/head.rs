@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use super::matrix::{Mat, matmul};
-use super::simd::{exp, exp_shifted, max, sum_by, sum_by2, wide};
+use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, sum_by, sum_by2, wide};
+use crate::Logits;
 
 /// Logits held at a time (64 MiB), the one large temporary of the head.
 const LOGITS: usize = 16 << 20;
@@ -17,16 +18,16 @@ fn rows(vocab: usize) -> usize {
 pub struct Forward {
     /// Log-probability of the target, `[n]`.
     pub logps: Vec<f32>,
-    /// Entropy, mean logit, target is arg-max: `[n, 3]`.
+    /// Entropy, mean logit, target is arg-max, log of the sum of squared probabilities: `[n, 4]`.
     pub stats: Vec<f32>,
     /// Log-sum-exp of the logits, `[n]`, kept for the backward pass.
     pub lse: Vec<f32>,
 }
 
 /// `hidden`: `[n, dim]`, `w`: `[vocab, dim]`.
-pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32]) -> Forward {
+pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of: Logits) -> Forward {
     let (n, vocab) = (targets.len(), w.len() / dim);
-    let mut out = Forward { logps: vec![0.0; n], stats: vec![0.0; 3 * n], lse: vec![0.0; n] };
+    let mut out = Forward { logps: vec![0.0; n], stats: vec![0.0; 4 * n], lse: vec![0.0; n] };
     let chunk = rows(vocab).min(n.max(1));
     let mut logits = vec![0.0; chunk * vocab];
     for start in (0..n).step_by(chunk) {
@@ -39,10 +40,28 @@ pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32]) -> Forwar
             .zip(&targets[span.clone()])
             .zip(&mut out.logps[span.clone()])
             .zip(&mut out.lse[span.clone()])
-            .zip(out.stats[3 * span.start..3 * span.end].par_chunks_mut(3))
-            .for_each(|((((z, &target), logp), lse), stats)| (*logp, *lse) = row(z, target as usize, stats));
+            .zip(out.stats[4 * span.start..4 * span.end].par_chunks_mut(4))
+            .for_each(|((((z, &target), logp), lse), stats)| {
+                shape(z, logits_of);
+                (*logp, *lse) = row(z, target as usize, stats);
+            });
     }
     out
+}
+
+/// Products to logits: scaled, then capped.
+fn shape(z: &mut [f32], logits: Logits) {
+    wide(
+        #[inline(always)]
+        || {
+            if logits.scale != 1.0 {
+                z.iter_mut().for_each(|z| *z *= logits.scale);
+            }
+            if let Some(cap) = logits.softcap {
+                z.iter_mut().for_each(|z| *z = softcap(*z, cap));
+            }
+        },
+    );
 }
 
 /// Log-probability and log-sum-exp of one row of logits, which it overwrites.
@@ -58,18 +77,20 @@ fn row(z: &mut [f32], target: usize, stats: &mut [f32]) -> (f32, f32) {
             let first_top = z.iter().position(|&z| z == top);
             let sum = exp_shifted(z, top);
             let log_sum = sum.ln();
+            let squares = sum_by(z, |e| e * e);
             stats.copy_from_slice(&[
                 log_sum - weighted / sum,
                 mean,
                 f32::from(u8::from(first_top == Some(target))),
+                squares.ln() - 2.0 * log_sum,
             ]);
             (z_target - top - log_sum, top + log_sum)
         },
     )
 }
 
-/// Gradients with respect to `hidden` and `w`, given that of the log-probabilities:
-/// `dz = grad · (onehot - softmax(z))`.
+/// Gradients with respect to `hidden` and (if `of_weight`) `w`, given that of the log-probabilities:
+/// `dz = grad · (onehot - softmax(z))`, times the slope of cap and scale.
 pub fn backward(
     grad: &[f32],
     hidden: &[f32],
@@ -77,9 +98,11 @@ pub fn backward(
     dim: usize,
     targets: &[u32],
     lse: &[f32],
+    logits_of: Logits,
+    of_weight: bool,
 ) -> (Vec<f32>, Vec<f32>) {
     let (n, vocab) = (targets.len(), w.len() / dim);
-    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; w.len()]);
+    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
     let chunk = rows(vocab).min(n.max(1));
     let mut logits = vec![0.0; chunk * vocab];
     for start in (0..n).step_by(chunk) {
@@ -93,22 +116,32 @@ pub fn backward(
             .zip(&lse[span.clone()])
             .zip(&grad[span.clone()])
             .for_each(|(((z, &target), &lse), &g)| {
-                wide(
-                    #[inline(always)]
-                    || {
-                        for z in z.iter_mut() {
-                            *z = -g * exp(*z - lse);
-                        }
-                    },
-                );
-                z[target as usize] += g;
+                shape(z, logits_of);
+                row_gradient(z, target as usize, lse, g, logits_of);
             });
         let z = &logits[..len * vocab];
         let rows_of_dh = &mut dh[start * dim..(start + len) * dim];
         matmul(rows_of_dh, false, (len, dim, vocab), Mat::rows(z, vocab), Mat::rows(w, dim));
-        matmul(&mut dw, start > 0, (vocab, dim, len), Mat::rows(z, vocab).t(), Mat::rows(h, dim));
+        if of_weight {
+            matmul(&mut dw, start > 0, (vocab, dim, len), Mat::rows(z, vocab).t(), Mat::rows(h, dim));
+        }
     }
     (dh, dw)
+}
+
+/// Turns one row of logits into the gradient of its products.
+fn row_gradient(z: &mut [f32], target: usize, lse: f32, g: f32, logits: Logits) {
+    let of_target = logits.softcap.map_or(1.0, |cap| softcap_slope(z[target], cap)) * logits.scale;
+    wide(
+        #[inline(always)]
+        || match logits.softcap {
+            None => z.iter_mut().for_each(|z| *z = -g * exp(*z - lse) * logits.scale),
+            Some(cap) => {
+                z.iter_mut().for_each(|z| *z = -g * exp(*z - lse) * logits.scale * softcap_slope(*z, cap))
+            }
+        },
+    );
+    z[target] += g * of_target;
 }
 
 /// Dot product, for callers that need one row of a product.

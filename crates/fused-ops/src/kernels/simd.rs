@@ -36,6 +36,29 @@ pub fn exp(x: f32) -> f32 {
     f32::from_bits((e.to_bits() as i32 + ((n as i32) << 23)) as u32)
 }
 
+/// `tanh(x)` to about 1e-7 relative: a series near zero, where the quotient would cancel.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let (a, s) = (x.abs(), x * x);
+    let series = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))));
+    let e = exp(-2.0 * a);
+    let value = if a < 0.25 { series } else { (1.0 - e) / (1.0 + e) };
+    value.copysign(x)
+}
+
+/// `cap · tanh(x / cap)`.
+#[inline(always)]
+pub fn softcap(x: f32, cap: f32) -> f32 {
+    cap * tanh(x / cap)
+}
+
+/// Derivative of [`softcap`], from its value.
+#[inline(always)]
+pub fn softcap_slope(value: f32, cap: f32) -> f32 {
+    let t = value / cap;
+    1.0 - t * t
+}
+
 /// Sum of `f(x)` in fixed lanes: the same result whatever the instruction set.
 #[inline(always)]
 pub fn sum_by(xs: &[f32], f: impl Fn(f32) -> f32) -> f32 {
