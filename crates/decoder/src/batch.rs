@@ -67,17 +67,20 @@ pub struct TokenScores {
     pub mean_logits: Vec<f32>,
     /// The target was the most likely token.
     pub top1: Vec<bool>,
+    /// Log of the sum of the squared probabilities.
+    pub log_squares: Vec<f32>,
 }
 
 impl TokenScores {
-    /// Splits the head's `[n, 3]` statistics.
+    /// Splits the head's `[n, 4]` statistics.
     pub fn new(logps: Vec<f32>, stats: &[f32]) -> Self {
-        let column = |i: usize| stats.chunks_exact(3).map(move |row| row[i]);
+        let column = |i: usize| stats.chunks_exact(4).map(move |row| row[i]);
         Self {
             logps,
             entropy: column(0).collect(),
             mean_logits: column(1).collect(),
             top1: column(2).map(|hit| hit > 0.5).collect(),
+            log_squares: column(3).collect(),
         }
     }
 }

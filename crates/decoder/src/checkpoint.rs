@@ -11,8 +11,9 @@ use rayon::prelude::*;
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 
+use crate::layout::Spec;
 use crate::model::{Decoder, Weight, to_vec};
-use crate::weights::{Files, INDEX, SINGLE};
+use crate::weights::{Files, INDEX, SINGLE, Stored};
 use crate::{Config, Error, arch};
 
 /// Data type of a written checkpoint.
@@ -44,24 +45,15 @@ impl Decoder {
         check_names(dir, &config, &wanted, &found)?;
         let weights = wanted
             .into_par_iter()
-            .map(|(name, shape)| {
-                let stored = &found[&name];
-                let unusable = |reason: String| Error::Weights { path: dir.into(), reason };
-                if stored.shape() != shape {
-                    let found = stored.shape();
-                    return Err(unusable(format!(
-                        "{name} has shape {found:?}, the configuration says {shape:?}"
-                    )));
-                }
-                let dtype = stored.dtype().ok_or_else(|| {
-                    let dtype = stored.dtype_name();
-                    unusable(format!("{name} is stored as {dtype}; F32, BF16 and F16 are supported"))
-                })?;
-                let bytes = stored.data().map_err(Error::io(files.place()))?;
-                let values = decode(dtype, &bytes);
-                let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
+            .map(|spec| {
+                let stored = &found[&spec.name];
+                let values = read_weight(&spec.name, &spec.shape, stored, dir, files.place())?;
+                let dims = spec.dims();
+                let values = if spec.transposed { transposed(&values, dims[1], dims[0]) } else { values };
                 let tensor = Tensor::from_data(TensorData::new(values, dims), device);
-                Ok(Weight { name, shape, tensor, stored: dtype })
+                let stored = stored.dtype().unwrap_or(Dtype::F32);
+                let Spec { name, shape, role, transposed } = spec;
+                Ok(Weight { name, shape, tensor, stored, role, transposed })
             })
             .collect::<Result<Vec<_>, Error>>()?;
         Ok(Self::assemble(config, weights))
@@ -70,7 +62,7 @@ impl Decoder {
     /// Writes the weights into `dir` (which must exist) as `model.safetensors`, or as shards of at most
     /// `max_shard` bytes with an index. Each file is written beside its final name and then renamed.
     pub fn save(&self, dir: &Path, dtype: SaveDtype, max_shard: usize) -> Result<(), Error> {
-        let entries: Vec<Entry> = self.weights().iter().map(|weight| Entry::new(weight, dtype)).collect();
+        let entries = entries(self.weights(), dtype);
         let shards = shard(&entries, max_shard);
         if shards.len() == 1 {
             return write_file(&dir.join(SINGLE), &entries);
@@ -171,7 +163,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, Error> {
     serde_json::from_str(&text).map_err(|source| Error::Json { path: path.into(), source })
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).expect("a JSON value serialises");
     let temporary = path.with_extension("tmp");
     fs::write(&temporary, text + "\n").map_err(Error::io(&temporary))?;
@@ -182,14 +174,18 @@ fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
 fn check_names<T>(
     dir: &Path,
     config: &Config,
-    wanted: &[(String, Vec<usize>)],
+    wanted: &[Spec],
     found: &HashMap<String, T>,
 ) -> Result<(), Error> {
     let missing: Vec<&str> =
-        wanted.iter().map(|(name, _)| name.as_str()).filter(|&name| !found.contains_key(name)).collect();
-    let known: std::collections::HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-    let ignored =
-        |name: &str| (config.tied && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq");
+        wanted.iter().map(|spec| spec.name.as_str()).filter(|&name| !found.contains_key(name)).collect();
+    let known: std::collections::HashSet<&str> = wanted.iter().map(|spec| spec.name.as_str()).collect();
+    // Buffers that older checkpoints hold.
+    let buffer = |name: &str| {
+        name.ends_with("rotary_emb.inv_freq")
+            || (config.conv1d && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")))
+    };
+    let ignored = |name: &str| (config.tied && name == "lm_head.weight") || buffer(name);
     let mut unexpected: Vec<&str> =
         found.keys().map(String::as_str).filter(|&name| !known.contains(name) && !ignored(name)).collect();
     unexpected.sort_unstable();
@@ -206,6 +202,31 @@ fn check_names<T>(
         }
     }
     Ok(())
+}
+
+/// Values of a stored weight as `f32`, if it has the shape it should.
+pub(crate) fn read_weight(
+    name: &str,
+    shape: &[usize],
+    stored: &Stored,
+    dir: &Path,
+    place: &Path,
+) -> Result<Vec<f32>, Error> {
+    let unusable = |reason: String| Error::Weights { path: dir.into(), reason };
+    if stored.shape() != shape {
+        let found = stored.shape();
+        return Err(unusable(format!("{name} has shape {found:?}, the configuration says {shape:?}")));
+    }
+    let dtype = stored.dtype().ok_or_else(|| {
+        let dtype = stored.dtype_name();
+        unusable(format!("{name} is stored as {dtype}; F32, BF16 and F16 are supported"))
+    })?;
+    Ok(decode(dtype, &stored.data().map_err(Error::io(place))?))
+}
+
+/// The transpose of row-major `[rows, cols]` values.
+fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..cols).flat_map(|col| (0..rows).map(move |row| values[row * cols + col])).collect()
 }
 
 fn decode(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
@@ -246,7 +267,8 @@ impl View for Entry<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let values = to_vec(self.weight.tensor.clone().inner());
+        let tensor = self.weight.tensor.clone().inner();
+        let values = to_vec(if self.weight.transposed { tensor.transpose() } else { tensor });
         let bytes = match self.dtype {
             Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
             Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
@@ -259,6 +281,15 @@ impl View for Entry<'_> {
         let width = if self.dtype == Dtype::F32 { 4 } else { 2 };
         self.weight.shape.iter().product::<usize>() * width
     }
+}
+
+fn entries(weights: &[Weight], dtype: SaveDtype) -> Vec<Entry<'_>> {
+    weights.iter().map(|weight| Entry::new(weight, dtype)).collect()
+}
+
+/// Writes weights into one file, as `f32`.
+pub(crate) fn write_weights(path: &Path, weights: &[Weight]) -> Result<(), Error> {
+    write_file(path, &entries(weights, SaveDtype::F32))
 }
 
 fn shard<'a, 'b>(entries: &'b [Entry<'a>], max: usize) -> Vec<&'b [Entry<'a>]> {

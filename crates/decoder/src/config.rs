@@ -1,26 +1,27 @@
 //! The shape of a model, independent of its family's spelling.
 
-use fused_ops::Heads;
+use fused_ops::{Activation, Heads, Logits, Scores};
 
 use crate::arch::Names;
+use crate::layout::{self, Spec};
+use crate::rope::Rope;
 
 /// Kind of normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Norm {
     /// `x / rms(x) * w`.
     Rms,
+    /// `x / rms(x) * (1 + w)`, as the Gemma families store their weights.
+    RmsPlusOne,
     /// Mean and variance, with a bias.
     Layer,
 }
 
 /// How a token knows its place.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Positions {
-    /// Rotary embedding of queries and keys, half-split layout.
-    Rotary {
-        /// Base of the angles.
-        theta: f32,
-    },
+    /// Rotary embedding of queries and keys, half-split layout; layers choose among these.
+    Rotary(Vec<Rope>),
     /// A learned vector added to the token embedding, looked up at `position + offset`.
     Learned {
         /// Rows before that of position 0.
@@ -33,10 +34,30 @@ pub enum Positions {
 /// Kind of feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Mlp {
-    /// `down(silu(gate(x)) * up(x))`.
-    SwiGlu,
+    /// `down(activation(gate(x)) * up(x))`.
+    Gated(Activation),
+    /// `down(activation(up(x)))`.
+    Plain(Activation),
     /// `down(relu(up(x)))`.
     Relu,
+}
+
+/// Normalisation of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself (Qwen3, Gemma 3).
+    PerHead,
+    /// All heads together (OLMo 2).
+    Whole,
+}
+
+/// What one block does differently from its neighbours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layer {
+    /// Positions a query sees; all before it where none.
+    pub window: Option<usize>,
+    /// Which of the rotary embeddings it uses, if any.
+    pub rope: Option<usize>,
 }
 
 /// A decoder's shape. Made from `config.json` by the family's file in `arch`.
@@ -48,8 +69,8 @@ pub struct Config {
     pub vocab: usize,
     /// Features of the residual stream.
     pub hidden: usize,
-    /// Number of blocks.
-    pub layers: usize,
+    /// The blocks.
+    pub layers: Vec<Layer>,
     /// Attention heads.
     pub heads: Heads,
     /// Inner features of the feed-forward block.
@@ -68,66 +89,39 @@ pub struct Config {
     pub out_bias: bool,
     /// The feed-forward projections have biases.
     pub mlp_bias: bool,
-    /// Queries and keys are normalised per head (Qwen3).
-    pub qk_norm: bool,
+    /// Normalisation of queries and keys.
+    pub qk_norm: Option<QkNorm>,
+    /// Factor of the token embeddings.
+    pub embedding_scale: f32,
+    /// Factor of what a block adds to the residual stream.
+    pub residual_scale: f32,
+    /// Factor of the products of queries and keys.
+    pub attention_scale: f32,
+    /// Cap of the attention scores.
+    pub attention_softcap: Option<f32>,
+    /// How the head's products become logits.
+    pub logits: Logits,
     /// The head is the embedding.
     pub tied: bool,
+    /// Projections are stored `[in, out]` (GPT-2's Conv1D).
+    pub conv1d: bool,
     /// Longest sequence the model was made for.
     pub max_positions: usize,
     pub(crate) names: Names,
 }
 
 impl Config {
-    /// Names and shapes of all weights, in the order of [`crate::Decoder::weights`].
-    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
-        let mut all = Vec::new();
-        let n = &self.names;
-        let (hidden, heads) = (self.hidden, self.heads);
-        let root = |name: &str| format!("{}{name}", n.root);
-        all.push((root(n.embed), vec![self.vocab, hidden]));
-        if let Positions::Learned { rows, .. } = self.positions {
-            all.push((root(n.positions), vec![rows, hidden]));
+    /// All weights, in the order of [`crate::Decoder::weights`].
+    pub fn weights(&self) -> Vec<Spec> {
+        layout::lay_out(self).0
+    }
+
+    /// How block `layer` makes its attention scores.
+    pub fn scores(&self, layer: usize) -> Scores {
+        Scores {
+            scale: self.attention_scale,
+            softcap: self.attention_softcap,
+            window: self.layers[layer].window,
         }
-        for layer in 0..self.layers {
-            let name = |part: &str| format!("{}{}.{layer}.{part}", n.root, n.layers);
-            let mut push = |part: &str, shape: &[usize]| all.push((name(part), shape.to_vec()));
-            let linear =
-                |push: &mut dyn FnMut(&str, &[usize]), part: &str, out: usize, inp: usize, bias: bool| {
-                    push(&format!("{part}.weight"), &[out, inp]);
-                    if bias {
-                        push(&format!("{part}.bias"), &[out]);
-                    }
-                };
-            let layer_norm = self.norm == Norm::Layer;
-            let norm = |push: &mut dyn FnMut(&str, &[usize]), part: &str, dim: usize| {
-                push(&format!("{part}.weight"), &[dim]);
-                if layer_norm {
-                    push(&format!("{part}.bias"), &[dim]);
-                }
-            };
-            norm(&mut push, n.attention_norm, hidden);
-            linear(&mut push, n.q, heads.query * heads.dim, hidden, self.qkv_bias);
-            linear(&mut push, n.k, heads.kv * heads.dim, hidden, self.qkv_bias);
-            linear(&mut push, n.v, heads.kv * heads.dim, hidden, self.qkv_bias);
-            if self.qk_norm {
-                push(&format!("{}.weight", n.q_norm), &[heads.dim]);
-                push(&format!("{}.weight", n.k_norm), &[heads.dim]);
-            }
-            linear(&mut push, n.o, hidden, heads.query * heads.dim, self.out_bias);
-            norm(&mut push, n.mlp_norm, hidden);
-            if self.mlp == Mlp::SwiGlu {
-                linear(&mut push, n.gate, self.intermediate, hidden, self.mlp_bias);
-            }
-            linear(&mut push, n.up, self.intermediate, hidden, self.mlp_bias);
-            linear(&mut push, n.down, hidden, self.intermediate, self.mlp_bias);
-        }
-        all.push((root(&format!("{}.weight", n.final_norm)), vec![hidden]));
-        if self.norm == Norm::Layer {
-            all.push((root(&format!("{}.bias", n.final_norm)), vec![hidden]));
-        }
-        if !self.tied {
-            all.push(("lm_head.weight".into(), vec![self.vocab, hidden]));
-        }
-        all
     }
 }

@@ -68,8 +68,9 @@ impl Cache {
             values = values.slice_assign([start..start + len], v.clone().narrow(0, row, len));
             row += len;
         }
-        let heads = model.config().heads;
-        let out = attention(q, keys.clone(), values.clone(), &plan.segments, heads, model.scale());
+        let config = model.config();
+        let (heads, scores) = (config.heads, config.scores(layer));
+        let out = attention(q, keys.clone(), values.clone(), &plan.segments, heads, scores);
         self.layers[layer] = Some((keys, values));
         out
     }
@@ -150,7 +151,7 @@ impl Generator {
         let config = self.model.config();
         let shape = [self.slots * self.capacity, config.heads.kv * config.heads.dim];
         let empty = || Tensor::zeros(shape, &self.model.device());
-        Cache { layers: (0..config.layers).map(|_| Some((empty(), empty()))).collect() }
+        Cache { layers: config.layers.iter().map(|_| Some((empty(), empty()))).collect() }
     }
 
     /// Takes the token just chosen; tells why the sequence ends, if it does.

@@ -4,21 +4,28 @@
 //! [`Config`] and names the weights; the blocks are shared. Weights are plain tensors in one list, so
 //! that the optimizer, the checkpoint writer and the gradient reader walk the same order.
 
+mod adapter;
 mod arch;
 mod batch;
 mod checkpoint;
 mod config;
 mod error;
 mod generate;
+mod layout;
+mod lora;
 mod model;
+mod rope;
 mod sampling;
 mod weights;
 
 pub use batch::{Batch, TokenScores};
 pub use checkpoint::{Companions, SaveDtype, eos_ids};
-pub use config::{Config, Mlp, Norm, Positions};
+pub use config::{Config, Layer, Mlp, Norm, Positions, QkNorm};
 pub use error::Error;
 pub use generate::{Completion, Generator, Request, Stop};
+pub use layout::{Role, Spec};
+pub use lora::{Lora, LoraSettings, Targets};
 pub use model::{Decoder, Weight};
+pub use rope::{Rope, RopeKind};
 pub use sampling::Sampling;
 pub use weights::model_hash;

@@ -1,12 +1,11 @@
 //! The decoder: shared blocks over a flat list of weights.
 
-use std::sync::Arc;
-
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation};
-use fused_ops::{HeadOutput, Rotary, attention, head, layer_norm, linear, rms_norm, rotary, swiglu};
-
+use fused_ops::{HeadOutput, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary};
 use safetensors::Dtype;
 
+use crate::layout::{Block, Inner, Projection, Qkv, Role, Structure, lay_out};
+use crate::lora::{Dropout, Lora};
 use crate::{Batch, Config, Mlp, Norm, Positions, TokenScores};
 
 /// One named weight. Vectors are held as a single row, so that every weight is a `Tensor<2>`.
@@ -20,6 +19,10 @@ pub struct Weight {
     pub tensor: Tensor<2>,
     /// Data type in the checkpoint it came from.
     pub stored: Dtype,
+    /// What it is to the model.
+    pub role: Role,
+    /// The checkpoint holds the transpose of `tensor`.
+    pub transposed: bool,
 }
 
 impl Weight {
@@ -29,88 +32,54 @@ impl Weight {
     }
 }
 
-/// Index of a projection's weight and bias in the list.
-#[derive(Debug, Clone, Copy)]
-struct Projection {
-    weight: usize,
-    bias: Option<usize>,
-}
-
-#[derive(Debug, Clone)]
-struct Block {
-    attention_norm: Projection,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    qk_norm: Option<(usize, usize)>,
-    o: Projection,
-    mlp_norm: Projection,
-    gate: Option<Projection>,
-    up: Projection,
-    down: Projection,
-}
-
-/// A decoder language model.
+/// A decoder language model, with an adapter or without.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: Config,
     weights: Vec<Weight>,
-    blocks: Vec<Block>,
-    positions: Option<usize>,
-    final_norm: Projection,
-    head: usize,
+    structure: Structure,
+    lora: Option<Lora>,
+    dropout: Option<Dropout>,
 }
 
 impl Decoder {
     /// Puts weights, in the order of [`Config::weights`], together.
     pub(crate) fn assemble(config: Config, weights: Vec<Weight>) -> Self {
-        let mut next = 0..weights.len();
-        let mut take = || next.next().expect("the list has every weight of the configuration");
-        take();
-        let positions = matches!(config.positions, Positions::Learned { .. }).then(&mut take);
-        let mut projection = |bias: bool| Projection { weight: take(), bias: bias.then(&mut take) };
-        let norm_bias = config.norm == Norm::Layer;
-        let blocks = (0..config.layers)
-            .map(|_| Block {
-                attention_norm: projection(norm_bias),
-                q: projection(config.qkv_bias),
-                k: projection(config.qkv_bias),
-                v: projection(config.qkv_bias),
-                qk_norm: config.qk_norm.then(|| (projection(false).weight, projection(false).weight)),
-                o: projection(config.out_bias),
-                mlp_norm: projection(norm_bias),
-                gate: (config.mlp == Mlp::SwiGlu).then(|| projection(config.mlp_bias)),
-                up: projection(config.mlp_bias),
-                down: projection(config.mlp_bias),
-            })
-            .collect();
-        let final_norm = projection(norm_bias);
-        let head = if config.tied { 0 } else { projection(false).weight };
-        Self { config, weights, blocks, positions, final_norm, head }
+        let (specs, structure) = lay_out(&config);
+        assert_eq!(specs.len(), weights.len(), "the list has every weight of the configuration");
+        Self { config, weights, structure, lora: None, dropout: None }
     }
 
     /// A model of this shape with random weights: normal with standard deviation 0.02 (the output
     /// projections divided by `sqrt(2 · layers)`), norms 1, biases 0. Deterministic in `seed`.
     pub fn random(config: Config, device: &Device, seed: u64) -> Self {
         device.seed(seed);
-        let residual = 0.02 / (2.0 * config.layers as f64).sqrt();
+        let residual = 0.02 / (2.0 * config.layers.len() as f64).sqrt();
         let (out, down) = (config.names.o, config.names.down);
+        let norm = if config.norm == Norm::RmsPlusOne { 0.0 } else { 1.0 };
         let weights = config
             .weights()
             .into_iter()
-            .map(|(name, shape)| {
-                let dims = if shape.len() == 1 { [1, shape[0]] } else { [shape[0], shape[1]] };
-                let part = name.rsplit('.').next().unwrap_or_default();
+            .map(|spec| {
+                let dims = spec.dims();
+                let part = spec.name.rsplit('.').next().unwrap_or_default();
                 let tensor = if part == "bias" {
                     Tensor::zeros(dims, device)
-                } else if shape.len() == 1 {
-                    Tensor::ones(dims, device)
+                } else if spec.role == Role::Vector {
+                    Tensor::full(dims, norm, device)
                 } else {
-                    let output = [out, down].iter().any(|part| name.ends_with(&format!("{part}.weight")));
-                    let std = if output { residual } else { 0.02 };
+                    let ends = |part: &&str| spec.name.ends_with(&format!("{part}.weight"));
+                    let std = if [out, down].iter().any(ends) { residual } else { 0.02 };
                     Tensor::random(dims, Distribution::Normal(0.0, std), device)
                 };
-                Weight { name, shape, tensor, stored: Dtype::F32 }
+                Weight {
+                    name: spec.name,
+                    shape: spec.shape,
+                    tensor,
+                    stored: Dtype::F32,
+                    role: spec.role,
+                    transposed: spec.transposed,
+                }
             })
             .collect();
         Self::assemble(config, weights)
@@ -121,14 +90,44 @@ impl Decoder {
         &self.config
     }
 
-    /// All weights, in a fixed order.
+    /// All weights, in a fixed order, without those of an adapter.
     pub fn weights(&self) -> &[Weight] {
         &self.weights
     }
 
-    /// All weights, to be replaced by the optimizer.
-    pub fn weights_mut(&mut self) -> &mut [Weight] {
+    pub(crate) fn weights_mut(&mut self) -> &mut [Weight] {
         &mut self.weights
+    }
+
+    /// The adapter, if there is one.
+    pub fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref()
+    }
+
+    /// The same weights with another adapter, or with none.
+    #[must_use]
+    pub fn with_lora(mut self, lora: Option<Lora>) -> Self {
+        self.lora = lora;
+        self
+    }
+
+    /// What training changes: the adapter's weights, or all where there is no adapter.
+    pub fn trained(&self) -> &[Weight] {
+        self.lora.as_ref().map_or(&self.weights, Lora::weights)
+    }
+
+    /// The same, to be replaced by the optimizer.
+    pub fn trained_mut(&mut self) -> &mut [Weight] {
+        match &mut self.lora {
+            Some(lora) => lora.weights_mut(),
+            None => &mut self.weights,
+        }
+    }
+
+    /// Drops inputs of the adapter at random in the next passes, the same ones for the same `seed`.
+    pub fn set_dropout(&mut self, seed: u64) {
+        let rate = self.lora.as_ref().map_or(0.0, |lora| lora.settings().dropout);
+        self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
     }
 
     /// The device of the weights, without autodiff.
@@ -136,21 +135,25 @@ impl Decoder {
         self.weights[0].tensor.device().inner()
     }
 
-    /// The same model with every weight a leaf that keeps its gradient.
+    /// The same model with every weight that is trained a leaf that keeps its gradient.
     #[must_use]
     pub fn tracked(mut self) -> Self {
         for weight in &mut self.weights {
-            let tensor = weight.tensor.clone().inner();
-            weight.tensor = tensor.autodiff().require_grad();
+            weight.tensor = weight.tensor.clone().inner().autodiff();
+        }
+        for weight in self.trained_mut() {
+            weight.tensor = weight.tensor.clone().inner().autodiff().require_grad();
         }
         self
     }
 
-    /// The same weights (shared, not copied) without autodiff.
+    /// The same weights (shared, not copied) without autodiff and without dropout.
     #[must_use]
     pub fn frozen(&self) -> Self {
         let mut frozen = self.clone();
-        for weight in &mut frozen.weights {
+        frozen.dropout = None;
+        let adapter = frozen.lora.iter_mut().flat_map(Lora::weights_mut);
+        for weight in frozen.weights.iter_mut().chain(adapter) {
             weight.tensor = weight.tensor.clone().inner();
         }
         frozen
@@ -163,7 +166,7 @@ impl Decoder {
         ids: impl IntoIterator<Item = &'a u32>,
         len: usize,
     ) -> Result<(), String> {
-        let Config { vocab, max_positions, positions, .. } = self.config;
+        let Config { vocab, max_positions, ref positions, .. } = self.config;
         if let Some(id) = ids.into_iter().find(|&&id| id as usize >= vocab) {
             return Err(format!("token id {id} is beyond the model's vocabulary of {vocab}"));
         }
@@ -178,16 +181,9 @@ impl Decoder {
     /// # Shapes
     /// Returns `[tokens, hidden]`.
     pub fn forward(&self, batch: &Batch) -> Tensor<2> {
-        let heads = self.config.heads;
-        let scale = self.scale();
-        self.run(&batch.tokens, &batch.positions, |_, q, k, v| {
-            attention(q, k, v, &batch.segments, heads, scale)
+        self.run(&batch.tokens, &batch.positions, |layer, q, k, v| {
+            attention(q, k, v, &batch.segments, self.config.heads, self.config.scores(layer))
         })
-    }
-
-    /// Factor of the attention scores.
-    pub(crate) fn scale(&self) -> f32 {
-        (self.config.heads.dim as f32).sqrt().recip()
     }
 
     /// The blocks, with attention left to the caller: `attend(layer, q, k, v)`.
@@ -197,36 +193,59 @@ impl Decoder {
         positions: &[u32],
         mut attend: impl FnMut(usize, Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let mut x = self.rows(0, tokens);
-        if let (Some(table), Positions::Learned { offset, .. }) = (self.positions, self.config.positions) {
-            let rows: Vec<u32> = positions.iter().map(|&p| p + offset as u32).collect();
-            x = x + self.rows(table, &rows);
-        }
-        let table = self.angles(positions);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let normed = self.norm(x.clone(), block.attention_norm);
-            let mut q = self.project(normed.clone(), block.q);
-            let mut k = self.project(normed.clone(), block.k);
-            let v = self.project(normed, block.v);
-            if let Some((q_norm, k_norm)) = block.qk_norm {
-                q = rms_norm(q, self.weight(q_norm), self.config.eps);
-                k = rms_norm(k, self.weight(k_norm), self.config.eps);
+        let mut x = scaled(self.rows(self.structure.embedding, tokens), self.config.embedding_scale);
+        let tables = match &self.config.positions {
+            Positions::Learned { offset, .. } => {
+                let rows: Vec<u32> = positions.iter().map(|&p| p + *offset as u32).collect();
+                x = x + self.rows(self.structure.positions.unwrap_or_default(), &rows);
+                Vec::new()
             }
-            if let Some(table) = &table {
-                (q, k) = (rotary(q, table), rotary(k, table));
+            Positions::Rotary(ropes) => {
+                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim)).collect::<Vec<Rotary>>()
             }
-            x = x + self.project(attend(layer, q, k, v), block.o);
-            let normed = self.norm(x.clone(), block.mlp_norm);
-            x = x + self.feed_forward(normed, block);
+        };
+        for (layer, block) in self.structure.blocks.iter().enumerate() {
+            let [mut q, mut k, v] = self.qkv(self.norm(x.clone(), block.attention_norm), block);
+            if let Some([q_norm, k_norm]) = block.qk_norm {
+                (q, k) = (self.rms(q, q_norm), self.rms(k, k_norm));
+            }
+            if let Some(rope) = self.config.layers[layer].rope {
+                (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
+            }
+            let attended = self.project(attend(layer, q, k, v), block.out);
+            x = x + scaled(self.norm(attended, block.attention_post_norm), self.config.residual_scale);
+            let inner = self.feed_forward(self.norm(x.clone(), block.mlp_norm), block);
+            x = x + scaled(self.norm(inner, block.mlp_post_norm), self.config.residual_scale);
         }
-        self.norm(x, self.final_norm)
+        self.norm(x, Some(self.structure.final_norm))
+    }
+
+    fn qkv(&self, x: Tensor<2>, block: &Block) -> [Tensor<2>; 3] {
+        match block.qkv {
+            Qkv::Separate(parts) => parts.map(|part| self.project(x.clone(), part)),
+            Qkv::Fused(all) => {
+                let (all, heads) = (self.project(x, all), self.config.heads);
+                let (query, kv) = (heads.query * heads.dim, heads.kv * heads.dim);
+                let part = |start, size| all.clone().narrow(1, start, size);
+                [part(0, query), part(query, kv), part(query + kv, kv)]
+            }
+        }
     }
 
     fn feed_forward(&self, x: Tensor<2>, block: &Block) -> Tensor<2> {
-        let up = self.project(x.clone(), block.up);
-        let inner = match block.gate {
-            Some(gate) => swiglu(self.project(x, gate), up),
-            None => activation::relu(up),
+        let kind = self.config.mlp;
+        let inner = match (block.inner, kind) {
+            (Inner::Plain(up), Mlp::Plain(kind)) => activate(self.project(x, up), kind),
+            (Inner::Gated([gate, up]), Mlp::Gated(kind)) => {
+                gated(self.project(x.clone(), gate), self.project(x, up), kind)
+            }
+            (Inner::Fused(both), Mlp::Gated(kind)) => {
+                let (both, width) = (self.project(x, both), self.config.intermediate);
+                gated(both.clone().narrow(1, 0, width), both.narrow(1, width, width), kind)
+            }
+            (Inner::Plain(up) | Inner::Fused(up) | Inner::Gated([_, up]), _) => {
+                activation::relu(self.project(x, up))
+            }
         };
         self.project(inner, block.down)
     }
@@ -236,31 +255,36 @@ impl Decoder {
     }
 
     fn project(&self, x: Tensor<2>, p: Projection) -> Tensor<2> {
-        let out = linear(x, self.weight(p.weight));
-        p.bias.map_or(out.clone(), |bias| out + self.weight(bias))
+        let weight = self.weight(p.weight);
+        let out = match &self.lora {
+            Some(lora) => lora.project(x, weight, p.weight, self.dropout),
+            None => linear(x, weight),
+        };
+        match p.bias {
+            Some(bias) => out + self.weight(bias),
+            None => out,
+        }
     }
 
-    fn norm(&self, x: Tensor<2>, p: Projection) -> Tensor<2> {
-        match p.bias {
-            None => rms_norm(x, self.weight(p.weight), self.config.eps),
-            Some(bias) => layer_norm(x, self.weight(p.weight), self.weight(bias), self.config.eps),
+    fn rms(&self, x: Tensor<2>, weight: usize) -> Tensor<2> {
+        let weight = self.weight(weight);
+        let weight = if self.config.norm == Norm::RmsPlusOne { weight + 1.0 } else { weight };
+        rms_norm(x, weight, self.config.eps)
+    }
+
+    /// A norm, where the family has one.
+    fn norm(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
+        match norm {
+            None => x,
+            Some(Projection { weight, bias: None }) => self.rms(x, weight),
+            Some(Projection { weight, bias: Some(bias) }) => {
+                layer_norm(x, self.weight(weight), self.weight(bias), self.config.eps)
+            }
         }
     }
 
     fn rows(&self, table: usize, rows: &[u32]) -> Tensor<2> {
-        let table = self.weight(table);
-        select(table, rows)
-    }
-
-    /// Angles of the rotary embedding, computed in `f32` as transformers does.
-    fn angles(&self, positions: &[u32]) -> Option<Rotary> {
-        let Positions::Rotary { theta } = self.config.positions else { return None };
-        let half = self.config.heads.dim / 2;
-        let frequencies: Vec<f32> =
-            (0..half).map(|i| 1.0 / theta.powf((2 * i) as f32 / self.config.heads.dim as f32)).collect();
-        let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f32 * f));
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
-        Some(Rotary { cos: Arc::from(cos), sin: Arc::from(sin), half })
+        select(self.weight(table), rows)
     }
 
     /// Log-probabilities of the batch's targets, differentiable, with their statistics.
@@ -269,7 +293,12 @@ impl Decoder {
     /// One value for each entry of `batch.predictors`.
     pub fn score(&self, batch: &Batch) -> HeadOutput {
         let hidden = self.forward(batch);
-        head(select(hidden, &batch.predictors), self.weight(self.head), &batch.targets)
+        head(
+            select(hidden, &batch.predictors),
+            self.weight(self.structure.head),
+            &batch.targets,
+            self.config.logits,
+        )
     }
 
     /// [`Decoder::score`] read back to the host, without autodiff.
@@ -280,8 +309,17 @@ impl Decoder {
 
     /// Logits for the given rows of hidden states, `[rows, vocab]`.
     pub fn logits(&self, hidden: Tensor<2>, rows: &[u32]) -> Tensor<2> {
-        linear(select(hidden, rows), self.weight(self.head))
+        let products = linear(select(hidden, rows), self.weight(self.structure.head));
+        let logits = scaled(products, self.config.logits.scale);
+        match self.config.logits.softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
     }
+}
+
+fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
+    if factor == 1.0 { x } else { x * factor }
 }
 
 /// Rows of a table, `[rows.len(), cols]`.

@@ -54,8 +54,13 @@ impl Files {
         Ok(Self::Pickled(dir.into(), all))
     }
 
+    /// Opens one safetensors file.
+    pub fn single(path: PathBuf) -> Result<Self, Error> {
+        Ok(Self::Safetensors(vec![OpenFile::open(path)?]))
+    }
+
     /// The tensors by name. A base model's names lack the `root` of the causal model's: it is added, as
-    /// transformers does.
+    /// transformers does. An empty `root` leaves them.
     pub fn tensors(&self, root: &str) -> Result<HashMap<String, Stored<'_>>, Error> {
         let mut found = HashMap::new();
         match self {
@@ -74,7 +79,7 @@ impl Files {
         }
         let (outer, _) = root.split_once('.').unwrap_or((root, ""));
         let prefix = format!("{outer}.");
-        if !found.keys().any(|name| name.starts_with(&prefix)) {
+        if !root.is_empty() && !found.keys().any(|name| name.starts_with(&prefix)) {
             found = found.into_iter().map(|(name, tensor)| (with_root(&prefix, name), tensor)).collect();
         }
         Ok(found)

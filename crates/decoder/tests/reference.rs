@@ -10,8 +10,8 @@ use burn::tensor::Device;
 use decoder::{Batch, Companions, Decoder, SaveDtype};
 use serde_json::Value;
 
-const MODELS: [&str; 6] =
-    ["tiny-qwen2", "tiny-llama", "tiny-qwen3", "tiny-mistral", "tiny-opt", "tiny-opt-nochat"];
+const MODELS: [&str; 7] =
+    ["tiny-qwen2", "tiny-llama", "tiny-qwen3", "tiny-mistral", "tiny-opt", "tiny-opt-nochat", "tiny-gemma2"];
 
 fn fixture(model: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/models").join(model)
@@ -110,8 +110,10 @@ fn bad_directories_are_refused_by_name() {
     let write = |text: String| fs::write(dir.path().join("config.json"), text).unwrap();
     write(config.replace("\"llama\"", "\"mamba\""));
     assert!(load().contains("\"mamba\" is not supported"), "{}", load());
-    write(config.replace("\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"yarn\"}"));
-    assert!(load().contains("\"yarn\""), "{}", load());
+    write(config.replace("\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"ntk\"}"));
+    assert!(load().contains("\"ntk\""), "{}", load());
+    write(config.replace("\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"linear\"}"));
+    assert!(load().contains("factor"), "{}", load());
     write(config.replace("\"silu\"", "\"gelu\""));
     assert!(load().contains("hidden_act"), "{}", load());
     write(config.clone());

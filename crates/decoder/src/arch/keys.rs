@@ -2,17 +2,18 @@
 
 use std::path::Path;
 
-use fused_ops::Heads;
+use fused_ops::{Activation, Heads, Logits};
 use serde_json::{Map, Value};
 
-use crate::{Config, Error, Mlp, Norm, Positions};
+use crate::rope::Rope;
+use crate::{Config, Error, Layer, Mlp, Norm, Positions};
 
 use super::LLAMA;
 
 /// The keys of one configuration file.
 pub struct Keys<'a> {
     path: &'a Path,
-    map: &'a Map<String, Value>,
+    pub(super) map: &'a Map<String, Value>,
 }
 
 impl<'a> Keys<'a> {
@@ -47,6 +48,10 @@ impl<'a> Keys<'a> {
             .ok_or_else(|| self.error(format!("the key {key} is missing")))
     }
 
+    pub fn text_or(&self, key: &str, default: &'a str) -> Result<&'a str, Error> {
+        Ok(self.typed(key, "a string", Value::as_str)?.unwrap_or(default))
+    }
+
     pub fn size(&self, key: &str) -> Result<usize, Error> {
         self.size_or(key, None)
     }
@@ -77,44 +82,59 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Base of the rotary angles; errors for any kind of scaling.
-    pub fn rope_theta(&self) -> Result<f32, Error> {
-        let parameters = self.get("rope_parameters").and_then(Value::as_object);
-        for scaling in [parameters, self.get("rope_scaling").and_then(Value::as_object)].into_iter().flatten()
-        {
-            let is_scaling = scaling.contains_key("factor");
-            let kind = scaling.get("rope_type").or(scaling.get("type")).and_then(Value::as_str);
-            if kind.is_some_and(|kind| kind != "default") {
-                let kind = kind.unwrap_or_default();
-                return Err(self.error(format!("rotary scaling of type {kind:?} is not supported")));
-            }
-            if kind.is_none() && is_scaling {
-                return Err(self.error("rotary scaling without a type is not supported".into()));
-            }
-            let partial = scaling.get("partial_rotary_factor").and_then(Value::as_f64);
-            if partial.is_some_and(|factor| factor != 1.0) {
-                return Err(self.error("partial_rotary_factor other than 1 is not supported".into()));
-            }
-        }
-        match parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64) {
-            Some(theta) => Ok(theta as f32),
-            None => self.number_or("rope_theta", 10_000.0),
+    /// A size that may be null; `default` where the key is missing.
+    pub fn optional_size(&self, key: &str, default: Option<usize>) -> Result<Option<usize>, Error> {
+        match self.map.get(key) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size(key).map(Some),
         }
     }
 
-    /// Errors when any layer attends to less than everything before it.
-    pub fn full_attention(&self) -> Result<(), Error> {
-        let sliding = |value: &Value| value.as_str().is_some_and(|kind| kind != "full_attention");
-        if self.get("layer_types").and_then(Value::as_array).is_some_and(|types| types.iter().any(sliding)) {
-            return Err(self.error("layer_types with other than full_attention are not supported".into()));
-        }
-        Ok(())
+    /// A number that may be null or missing.
+    pub fn optional_number(&self, key: &str) -> Result<Option<f32>, Error> {
+        Ok(self.typed(key, "a number", Value::as_f64)?.map(|number| number as f32))
     }
 
-    /// What Llama-like families have in common; biases, norms of queries and keys off.
+    /// Which layers attend in a window: the entries of `layer_types`, or else `default` by layer.
+    pub fn sliding(&self, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>, Error> {
+        let Some(types) = self.get("layer_types") else { return Ok((0..layers).map(default).collect()) };
+        let types = types.as_array().filter(|types| types.len() == layers);
+        let types =
+            types.ok_or_else(|| self.error(format!("layer_types is not a list of {layers} kinds")))?;
+        types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(false),
+                Some("sliding_attention") => Ok(true),
+                _ => Err(self.error(format!(
+                    "layer_types has {kind}; full_attention and sliding_attention are supported"
+                ))),
+            })
+            .collect()
+    }
+
+    /// Blocks with the first rotary embedding, those marked in a window.
+    pub fn layers(&self, sliding: &[bool], window: Option<usize>) -> Result<Vec<Layer>, Error> {
+        if window.is_none() && sliding.contains(&true) {
+            return Err(self.error("sliding_attention layers, but no sliding_window".into()));
+        }
+        Ok(sliding.iter().map(|&s| Layer { window: window.filter(|_| s), rope: Some(0) }).collect())
+    }
+
+    /// What Llama-like families have in common: full attention in every block, no biases, no norms of queries
+    /// and keys.
     pub fn llama_like(&self) -> Result<Config, Error> {
         self.only("hidden_act", &"silu".into())?;
-        self.full_attention()?;
+        self.llama_shape(|dim, positions| Ok(vec![self.rope(dim, positions, 10_000.0)?]))
+    }
+
+    /// The same with an activation that the caller has looked at, and its rotary embeddings, given the features
+    /// of a head and the number of positions.
+    pub fn llama_shape(
+        &self,
+        ropes: impl FnOnce(usize, usize) -> Result<Vec<Rope>, Error>,
+    ) -> Result<Config, Error> {
         let hidden = self.size("hidden_size")?;
         let query = self.size("num_attention_heads")?;
         let kv = self.size_or("num_key_value_heads", Some(query))?;
@@ -124,24 +144,40 @@ impl<'a> Keys<'a> {
                 self.error(format!("{query} heads of {dim} features over {kv} key heads do not divide"))
             );
         }
+        let max_positions = self.size_or("max_position_embeddings", Some(2048))?;
+        let layers = self.size("num_hidden_layers")?;
         Ok(Config {
             model_type: self.text("model_type")?.into(),
             vocab: self.size("vocab_size")?,
             hidden,
-            layers: self.size("num_hidden_layers")?,
+            layers: vec![Layer { window: None, rope: Some(0) }; layers],
             heads: Heads { query, kv, dim },
             intermediate: self.size("intermediate_size")?,
             norm: Norm::Rms,
             eps: self.number_or("rms_norm_eps", 1e-6)?,
-            positions: Positions::Rotary { theta: self.rope_theta()? },
-            mlp: Mlp::SwiGlu,
+            positions: Positions::Rotary(ropes(dim, max_positions)?),
+            mlp: Mlp::Gated(Activation::Silu),
             qkv_bias: false,
             out_bias: false,
             mlp_bias: false,
-            qk_norm: false,
+            qk_norm: None,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            attention_scale: (dim as f32).sqrt().recip(),
+            attention_softcap: None,
+            logits: Logits::default(),
             tied: self.flag_or("tie_word_embeddings", false)?,
-            max_positions: self.size_or("max_position_embeddings", Some(2048))?,
+            conv1d: false,
+            max_positions,
             names: LLAMA,
         })
+    }
+
+    /// Errors unless every block attends to everything before it.
+    pub fn full_attention(&self, layers: usize) -> Result<(), Error> {
+        if self.sliding(layers, |_| false)?.contains(&true) {
+            return Err(self.error("layer_types other than full_attention are not supported here".into()));
+        }
+        Ok(())
     }
 }

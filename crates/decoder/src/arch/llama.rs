@@ -7,5 +7,7 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
     keys.only("pretraining_tp", &1.into())?;
     let bias = keys.flag_or("attention_bias", false)?;
     let mlp_bias = keys.flag_or("mlp_bias", false)?;
-    Ok(Config { qkv_bias: bias, out_bias: bias, mlp_bias, ..keys.llama_like()? })
+    let config = keys.llama_like()?;
+    keys.full_attention(config.layers.len())?;
+    Ok(Config { qkv_bias: bias, out_bias: bias, mlp_bias, ..config })
 }

@@ -1,13 +1,14 @@
-//! Mistral with full attention: a sliding window is refused unless it spans every position.
+//! Mistral: Llama with every block in a sliding window, where there is one.
 
 use super::keys::Keys;
 use crate::{Config, Error};
 
+/// What transformers takes where the key is missing; the first Mistral had it.
+const WINDOW: usize = 4096;
+
 pub fn config(keys: &Keys) -> Result<Config, Error> {
     let config = keys.llama_like()?;
-    if keys.get("sliding_window").is_some() && keys.size("sliding_window")? < config.max_positions {
-        let window = keys.size("sliding_window")?;
-        return Err(keys.error(format!("sliding_window = {window} is not supported (only null)")));
-    }
-    Ok(config)
+    let window = keys.optional_size("sliding_window", Some(WINDOW))?;
+    let sliding = keys.sliding(config.layers.len(), |_| window.is_some())?;
+    Ok(Config { layers: keys.layers(&sliding, window)?, ..config })
 }

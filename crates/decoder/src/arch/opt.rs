@@ -1,10 +1,10 @@
 //! OPT: learned positions, layer norm before each block, ReLU, biases everywhere.
 
-use fused_ops::Heads;
+use fused_ops::{Heads, Logits};
 
 use super::Names;
 use super::keys::Keys;
-use crate::{Config, Error, Mlp, Norm, Positions};
+use crate::{Config, Error, Layer, Mlp, Norm, Positions};
 
 /// Rows before position 0 in OPT's table (`OPTLearnedPositionalEmbedding.offset`).
 const OFFSET: usize = 2;
@@ -16,15 +16,19 @@ const NAMES: Names = Names {
     layers: "layers",
     final_norm: "final_layer_norm",
     attention_norm: "self_attn_layer_norm",
+    attention_post_norm: "",
     mlp_norm: "final_layer_norm",
+    mlp_post_norm: "",
     q: "self_attn.q_proj",
     k: "self_attn.k_proj",
     v: "self_attn.v_proj",
+    qkv: "",
     o: "self_attn.out_proj",
     q_norm: "",
     k_norm: "",
     gate: "",
     up: "fc1",
+    gate_up: "",
     down: "fc2",
 };
 
@@ -42,7 +46,7 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
         model_type: "opt".into(),
         vocab: keys.size("vocab_size")?,
         hidden,
-        layers: keys.size("num_hidden_layers")?,
+        layers: vec![Layer { window: None, rope: None }; keys.size("num_hidden_layers")?],
         heads: Heads { query, kv: query, dim: hidden / query },
         intermediate: keys.size("ffn_dim")?,
         norm: Norm::Layer,
@@ -52,8 +56,14 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
         qkv_bias: bias,
         out_bias: bias,
         mlp_bias: bias,
-        qk_norm: false,
+        qk_norm: None,
+        embedding_scale: 1.0,
+        residual_scale: 1.0,
+        attention_scale: ((hidden / query) as f32).sqrt().recip(),
+        attention_softcap: None,
+        logits: Logits::default(),
         tied: keys.flag_or("tie_word_embeddings", true)?,
+        conv1d: false,
         max_positions,
         names: NAMES,
     })
