@@ -38,7 +38,15 @@ impl Decoder {
     /// Loads a model directory onto `device`, as `f32`. Every weight of the configuration must be there
     /// with its shape, and nothing else.
     pub fn load(dir: &Path, device: &Device) -> Result<Self, Error> {
-        let config = Config::from_file(&dir.join("config.json"))?;
+        Self::read(Config::from_file(&dir.join("config.json"))?, dir, device)
+    }
+
+    /// A model of the same configuration with the weights in `dir`.
+    pub fn with_weights_of(&self, dir: &Path) -> Result<Self, Error> {
+        Self::read(self.config().clone(), dir, &self.device())
+    }
+
+    fn read(config: Config, dir: &Path, device: &Device) -> Result<Self, Error> {
         let files = Files::open(dir)?;
         let found = files.tensors(config.names.root)?;
         let wanted = config.weights();
@@ -116,6 +124,15 @@ impl Companions {
     pub fn set_chat_template(&mut self, template: &str) {
         self.files.retain(|(name, _)| *name != "chat_template.jinja");
         self.files.push(("chat_template.jinja", template.into()));
+    }
+
+    /// Writes tokenizer and chat template into `dir`.
+    pub fn write_tokenizer(&self, dir: &Path) -> Result<(), Error> {
+        let files = self.files.iter().filter(|(name, _)| *name != "generation_config.json");
+        for (name, bytes) in files {
+            fs::write(dir.join(name), bytes).map_err(Error::io(dir.join(name)))?;
+        }
+        Ok(())
     }
 
     /// Writes everything into `dir`, with the data type in `config.json`.

@@ -95,7 +95,8 @@ impl Decoder {
         &self.weights
     }
 
-    pub(crate) fn weights_mut(&mut self) -> &mut [Weight] {
+    /// The same, to be changed.
+    pub fn weights_mut(&mut self) -> &mut [Weight] {
         &mut self.weights
     }
 

@@ -120,6 +120,12 @@ impl Dataset {
         set.lengths(row).cut(self.max_length)
     }
 
+    /// The label of row `i`, where rows are unpaired.
+    pub fn label(&self, i: usize) -> bool {
+        let (set, row) = self.at(i);
+        set.label(row)
+    }
+
     /// Row `i`, truncated.
     pub fn row(&self, i: usize) -> PreparedRow {
         let (set, row) = self.at(i);
@@ -128,6 +134,16 @@ impl Dataset {
         tokens.chosen.truncate(room);
         tokens.rejected.truncate(room);
         PreparedRow { id: set.id(row), row: self.rows[i] as usize, label: set.label(row), tokens }
+    }
+
+    /// The prompt of row `i` with the completion of row `of` (KTO's mismatched completions): the whole completion,
+    /// cut only where the new sequence is too long.
+    pub fn mismatched(&self, i: usize, of: usize) -> PairTokens {
+        let ((set, row), (other, other_row)) = (self.at(i), self.at(of));
+        let mut tokens = set.tokens(row);
+        tokens.chosen = other.tokens(other_row).chosen;
+        tokens.chosen.truncate(self.max_length.saturating_sub(tokens.prompt.len()));
+        tokens
     }
 
     /// All rows in order.

@@ -117,6 +117,22 @@ impl Packed {
         sums
     }
 
+    /// [`Packed::sums`] with the tokens beyond the length of the pair's shorter completion apart: theirs are the
+    /// sums from `2 * pairs` on (LD-DPO, as `DPOTrainer` counts with `ld_alpha`).
+    pub fn sums_with_tails(&self) -> Vec<(u32, u32)> {
+        let pairs = self.rows.len();
+        let shorter: Vec<usize> =
+            self.completion_tokens().iter().map(|count| count[0].min(count[1])).collect();
+        let mut seen = vec![0_usize; 2 * pairs];
+        let apart = |(token, sum): (u32, u32)| {
+            let place = &mut seen[sum as usize];
+            *place += 1;
+            let tail = *place > shorter[sum as usize % pairs];
+            (token, if tail { sum + 2 * pairs as u32 } else { sum })
+        };
+        self.sums().into_iter().map(apart).collect()
+    }
+
     /// Scored tokens of the chosen and of the rejected completion of each pair.
     pub fn completion_tokens(&self) -> Vec<[usize; 2]> {
         let mut counts = vec![[0; 2]; self.rows.len()];
@@ -145,6 +161,11 @@ mod tests {
         assert_eq!(packed.predictors, [1, 2, 3, 2]);
         assert_eq!(packed.targets, [3, 4, 5, 6]);
         assert_eq!(packed.sums(), [(0, 0), (0, 1), (1, 0), (2, 0), (3, 1)]);
+        assert_eq!(
+            packed.sums_with_tails(),
+            [(0, 0), (0, 1), (1, 0), (2, 4), (3, 1)],
+            "5 is beyond two tokens"
+        );
         assert_eq!(packed.num_tokens, 9);
         assert_eq!(packed.completion_tokens(), [[3, 2]]);
     }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use crate::data_args::DataArgs;
-use crate::loss::LossArgs;
+use crate::loss_args::LossArgs;
+use crate::peft_args::PeftArgs;
 use crate::schedule::Scheduler;
 
 /// Align a language model on preference pairs with anchored preference optimization.
@@ -39,9 +40,22 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID")]
     pub ref_model_name_or_path: Option<String>,
 
+    /// Move the reference towards the policy now and then (TR-DPO).
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub sync_ref_model: bool,
+    /// Steps between moves of the reference [default: 512].
+    #[arg(long, value_name = "N")]
+    pub ref_model_sync_steps: Option<usize>,
+    /// Share of the policy in the moved reference [default: 0.6].
+    #[arg(long, value_name = "ALPHA")]
+    pub ref_model_mixup_alpha: Option<f64>,
+
     /// What is minimized.
     #[command(flatten)]
     pub loss: LossArgs,
+    /// Low-rank adapters.
+    #[command(flatten)]
+    pub peft: PeftArgs,
 
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-6)]
@@ -61,23 +75,23 @@ pub struct Args {
     /// Largest global gradient norm; 0 does not clip.
     #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f64,
-    /// Decay of AdamW's first moment.
-    #[arg(long, default_value_t = 0.9)]
-    pub adam_beta1: f64,
-    /// Decay of AdamW's second moment.
-    #[arg(long, default_value_t = 0.999)]
-    pub adam_beta2: f64,
-    /// AdamW's epsilon.
-    #[arg(long, default_value_t = 1e-8)]
-    pub adam_epsilon: f64,
+    /// Decay of AdamW's first moment; Lion's first factor [default: 0.9].
+    #[arg(long)]
+    pub adam_beta1: Option<f64>,
+    /// Decay of AdamW's second moment; Lion's second factor [default: 0.999].
+    #[arg(long)]
+    pub adam_beta2: Option<f64>,
+    /// AdamW's epsilon [default: 1e-8].
+    #[arg(long)]
+    pub adam_epsilon: Option<f64>,
     /// Optimizer.
     #[arg(long, value_enum, default_value = "adamw_torch")]
     pub optim: Optimizer,
 
-    /// Passes over the data; may be a fraction.
-    #[arg(long, default_value_t = 3.0)]
-    pub num_train_epochs: f64,
-    /// Number of optimizer steps; overrides the epochs when positive.
+    /// Passes over the data; may be a fraction [default: 3].
+    #[arg(long)]
+    pub num_train_epochs: Option<f64>,
+    /// Number of optimizer steps instead, when positive.
     #[arg(long, default_value_t = -1, allow_negative_numbers = true)]
     pub max_steps: i64,
     /// Pairs of a micro-batch [default: 8].
@@ -96,9 +110,9 @@ pub struct Args {
     /// Seed of the order of the rows.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
-    /// Order of the rows.
-    #[arg(long, value_enum, default_value = "random")]
-    pub train_sampling_strategy: Sampling,
+    /// Order of the rows [default: random; sequential for kto and apo_zero_unpaired].
+    #[arg(long, value_enum)]
+    pub train_sampling_strategy: Option<Sampling>,
 
     /// Steps between log entries.
     #[arg(long, default_value_t = 10)]
@@ -118,6 +132,22 @@ pub struct Args {
     /// Checkpoints kept; older ones are deleted.
     #[arg(long)]
     pub save_total_limit: Option<usize>,
+    /// At the end take the checkpoint with the best metric instead of the last one.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub load_best_model_at_end: bool,
+    /// Metric that --load-best-model-at-end and --early-stopping-patience go by, with or without `eval_`
+    /// [default: loss].
+    #[arg(long, value_name = "NAME")]
+    pub metric_for_best_model: Option<String>,
+    /// Larger values of the metric are better [default: unless its name ends in loss].
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
+    pub greater_is_better: Option<bool>,
+    /// Stop after so many evaluations without a better metric.
+    #[arg(long, value_name = "N")]
+    pub early_stopping_patience: Option<usize>,
+    /// How much better the metric must be to count [default: 0].
+    #[arg(long, value_name = "DELTA")]
+    pub early_stopping_threshold: Option<f64>,
     /// Leave optimizer and position out of checkpoints; they cannot be resumed from.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
     pub save_only_model: bool,
@@ -125,9 +155,11 @@ pub struct Args {
     #[arg(long, value_name = "auto|DIR")]
     pub resume_from_checkpoint: Option<String>,
 
-    /// Compute reference log-probabilities before training, once, and cache them. Always on.
-    #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "true", default_missing_value = "true")]
-    pub precompute_ref_log_probs: bool,
+    /// Compute reference log-probabilities before training, once, and cache them (the default here, because it
+    /// saves a forward pass a step). False keeps the reference model in memory and runs it at each step, as TRL
+    /// does unless told otherwise.
+    #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
+    pub precompute_ref_log_probs: Option<bool>,
     /// Where reference log-probabilities are cached.
     #[arg(long, value_name = "DIR")]
     pub ref_cache_dir: Option<PathBuf>,
@@ -161,6 +193,8 @@ Examples:
           --loss-type apo_zero --learning-rate 1e-6 --output-dir runs/apo
   trainer … --eval-strategy steps --eval-steps 50 --save-steps 100 --save-total-limit 2
   trainer --config recipe.yaml --beta 0.05   (keys of TRL's and alignment-handbook's recipes; flags win)
+  trainer … --use-peft --lora-r 16 --lora-target-modules all-linear --learning-rate 1e-5
+  trainer … --loss-type kto --per-device-train-batch-size 8   (rows with prompt, completion and label, or pairs)
   trainer … --resume-from-checkpoint auto
   trainer … --inspect 2";
 
@@ -172,6 +206,14 @@ pub enum Optimizer {
     AdamwTorch,
     /// The same; TRL's name for its fused kernel.
     AdamwTorchFused,
+    /// Factored second moment; little memory.
+    Adafactor,
+    /// Gradients over the root of their mean square.
+    Rmsprop,
+    /// Plain gradient descent.
+    Sgd,
+    /// The sign of a momentum.
+    Lion,
 }
 
 /// Order of training rows.
@@ -222,6 +264,8 @@ pub enum Dtype {
 pub enum Report {
     /// JSON Lines files in the output directory.
     Jsonl,
+    /// TensorBoard's event files too, in `runs/` of the output directory.
+    Tensorboard,
     /// Nothing besides them.
     None,
 }

@@ -1,26 +1,29 @@
-//! Checkpoints: a directory that appears whole or not at all, and everything needed to go on from it.
+//! Checkpoints: a directory that appears whole or not at all, with checksums, and everything needed to go on
+//! from it.
 
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use decoder::{Companions, Decoder, SaveDtype};
-use fused_ops::Moments;
 use pref_data::write_atomic;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::checksums;
 use crate::metrics::Window;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optimizer, Rule};
+use crate::references::References;
 use crate::settings::Settings;
 
 /// Entry of the fingerprint.
 pub const TEMPLATE_DATE: &str = "template date";
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const REFERENCE: &str = "reference";
 /// Hugging Face's own limit.
 const MAX_SHARD: usize = 5_000_000_000;
 
@@ -33,8 +36,23 @@ pub struct State {
     pub num_tokens: usize,
     /// Metrics since the last log entry.
     pub window: Window,
+    /// The best evaluation so far.
+    pub best: Option<BestSoFar>,
+    /// Evaluations since one that was better.
+    pub stale: usize,
+    /// Training has stopped early.
+    pub stopped: bool,
     /// What must be the same when the run goes on.
     pub fingerprint: HashMap<String, String>,
+}
+
+/// The best evaluation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct BestSoFar {
+    /// Value of the metric.
+    pub value: f64,
+    /// Step of the evaluation.
+    pub step: usize,
 }
 
 /// What a resumed run must have in common with the one that wrote the checkpoint.
@@ -53,14 +71,18 @@ pub fn fingerprint(
             format!("{:?} {}", settings.loss.f_divergence_type, settings.loss.f_alpha_divergence_coef),
         ),
         ("discopop-tau", settings.loss.discopop_tau.to_string()),
+        ("ld-alpha", format!("{:?}", settings.loss.ld_alpha)),
+        ("use-weighting", settings.loss.use_weighting.to_string()),
+        ("label weights", format!("{} {}", settings.loss.desirable_weight, settings.loss.undesirable_weight)),
+        ("sync-ref-model", format!("{:?}", settings.sync_reference)),
+        ("adapter", format!("{:?}", settings.peft.as_ref().map(|peft| (peft.new_adapter(), peft.targets())))),
+        ("best checkpoint", format!("{:?}", settings.best)),
         ("learning-rate", settings.learning_rate.to_string()),
         ("lr-scheduler", format!("{:?}", settings.schedule)),
         ("warmup-steps", settings.warmup_steps.to_string()),
         ("weight-decay", settings.weight_decay.to_string()),
         ("max-grad-norm", settings.max_grad_norm.to_string()),
-        ("adam-beta1", settings.adam_beta1.to_string()),
-        ("adam-beta2", settings.adam_beta2.to_string()),
-        ("adam-epsilon", settings.adam_epsilon.to_string()),
+        ("optim", format!("{:?}", settings.optim)),
         ("batch", format!("{:?}", settings.bound)),
         ("gradient-accumulation-steps", settings.accumulation.to_string()),
         ("seed", settings.seed.to_string()),
@@ -79,44 +101,78 @@ pub fn template_date(dir: &Path) -> Option<jiff::civil::Date> {
     state.fingerprint.get(TEMPLATE_DATE)?.parse().ok()
 }
 
-/// Writes the model in Hugging Face layout, in 32-bit floats; the weights first.
-pub fn write_model(model: &Decoder, companions: &Companions, dir: &Path) -> Result<()> {
-    model.save(dir, SaveDtype::F32, MAX_SHARD)?;
-    companions.write(dir, SaveDtype::F32)?;
+/// Writes what was trained, in 32-bit floats, the weights first: the whole model in Hugging Face layout, or the
+/// adapter in PEFT's with the tokenizer.
+pub fn write_model(settings: &Settings, model: &Decoder, companions: &Companions, dir: &Path) -> Result<()> {
+    if model.lora().is_some() {
+        model.save_adapter(dir, &settings.model)?;
+        companions.write_tokenizer(dir)?;
+    } else {
+        model.save(dir, SaveDtype::F32, MAX_SHARD)?;
+        companions.write(dir, SaveDtype::F32)?;
+    }
     Ok(())
 }
 
-/// Writes `checkpoint-<step>` and deletes older ones beyond the limit. `resumable` adds optimizer and
-/// position.
-pub fn write(
-    settings: &Settings,
-    model: &Decoder,
-    companions: &Companions,
-    optimizer: &Optimizer,
-    state: &State,
-    resumable: bool,
-) -> Result<PathBuf> {
-    let root = &settings.output_dir;
-    let target = root.join(format!("checkpoint-{}", state.step));
-    let temporary = root.join(format!(".checkpoint-{}.tmp", state.step));
-    let context = || format!("{}: cannot write the checkpoint", target.display());
-    remove(&temporary).with_context(context)?;
-    fs::create_dir_all(&temporary).with_context(context)?;
-    write_model(model, companions, &temporary)?;
-    if resumable {
-        write_optimizer(&temporary.join(OPTIMIZER), model, optimizer)?;
-        let text = serde_json::to_string_pretty(state).context("the state serialises")?;
-        write_atomic(&temporary.join(STATE), |out| out.write_all(text.as_bytes()))?;
+/// A run that a checkpoint is made of.
+pub struct Snapshot<'a> {
+    pub settings: &'a Settings,
+    pub model: &'a Decoder,
+    pub companions: &'a Companions,
+    pub optimizer: &'a Optimizer,
+    pub references: &'a References,
+    pub state: &'a State,
+}
+
+impl Snapshot<'_> {
+    /// Writes `checkpoint-<step>` and deletes older ones beyond the limit. `resumable` adds optimizer and
+    /// position.
+    pub fn write(&self, resumable: bool) -> Result<PathBuf> {
+        let root = &self.settings.output_dir;
+        let target = root.join(format!("checkpoint-{}", self.state.step));
+        let temporary = root.join(format!(".checkpoint-{}.tmp", self.state.step));
+        let context = || format!("{}: cannot write the checkpoint", target.display());
+        remove(&temporary).with_context(context)?;
+        fs::create_dir_all(&temporary).with_context(context)?;
+        let written = self.fill(&temporary, resumable).with_context(context);
+        if written.is_err() {
+            // On a full disk the half of a checkpoint is in the way of everything else.
+            remove(&temporary).ok();
+        }
+        written?;
+        remove(&target).with_context(context)?;
+        fs::rename(&temporary, &target).with_context(context)?;
+        self.rotate()?;
+        Ok(target)
     }
-    remove(&target).with_context(context)?;
-    fs::rename(&temporary, &target).with_context(context)?;
-    if let Some(limit) = settings.save_total_limit {
-        let all = list(root)?;
-        for (_, old) in all.iter().take(all.len().saturating_sub(limit)) {
+
+    fn fill(&self, dir: &Path, resumable: bool) -> Result<()> {
+        write_model(self.settings, self.model, self.companions, dir)?;
+        if resumable {
+            let rule = self.settings.optim;
+            write_optimizer(&dir.join(OPTIMIZER), self.optimizer.state(self.model, rule))?;
+            if self.settings.sync_reference.is_some() {
+                self.references.save(&dir.join(REFERENCE))?;
+            }
+            let text = serde_json::to_string_pretty(self.state).context("the state serialises")?;
+            write_atomic(&dir.join(STATE), |out| out.write_all(text.as_bytes()))?;
+        }
+        checksums::write(dir)
+    }
+
+    /// Deletes the oldest checkpoints beyond the limit, but not the best.
+    fn rotate(&self) -> Result<()> {
+        let Some(limit) = self.settings.save_total_limit else { return Ok(()) };
+        let keeps_best = self.settings.best.as_ref().is_some_and(|best| best.load);
+        let best = self.state.best.filter(|_| keeps_best).map(|best| best.step);
+        let all = list(&self.settings.output_dir)?;
+        let excess = all.len().saturating_sub(limit);
+        let old = all.iter().filter(|(step, _)| Some(*step) != best && *step != self.state.step);
+        for (_, old) in old.take(excess) {
             fs::remove_dir_all(old).with_context(|| format!("{}: cannot delete", old.display()))?;
         }
+        Ok(())
     }
-    Ok(target)
 }
 
 fn remove(dir: &Path) -> std::io::Result<()> {
@@ -140,9 +196,16 @@ pub fn list(root: &Path) -> Result<Vec<(usize, PathBuf)>> {
     Ok(found)
 }
 
-/// The newest checkpoint that can be resumed from.
-pub fn newest(root: &Path) -> Result<Option<PathBuf>> {
-    Ok(list(root)?.into_iter().rev().map(|(_, path)| path).find(|path| path.join(STATE).is_file()))
+/// The newest whole checkpoint that can be resumed from; those that are not whole are told of and passed over.
+pub fn newest(root: &Path, say: &dyn Fn(&str)) -> Result<Option<PathBuf>> {
+    for (_, path) in list(root)?.into_iter().rev() {
+        match checksums::verify(&path) {
+            Err(error) => say(&format!("WARNING: {error:#}; trying the checkpoint before")),
+            Ok(()) if path.join(STATE).is_file() => return Ok(Some(path)),
+            Ok(()) => {}
+        }
+    }
+    Ok(None)
 }
 
 /// Reads the position of a checkpoint and checks that it belongs to this run.
@@ -168,44 +231,40 @@ pub fn read_state(dir: &Path, fingerprint: &HashMap<String, String>) -> Result<S
     Ok(state)
 }
 
-/// Reads the optimizer's moments of a checkpoint.
-pub fn read_optimizer(dir: &Path, model: &Decoder, device: &Device) -> Result<Optimizer> {
+/// Reads what the optimizer kept.
+pub fn read_optimizer(dir: &Path, model: &Decoder, rule: Rule) -> Result<Optimizer> {
     let path = dir.join(OPTIMIZER);
     let bytes = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{}: broken", path.display()))?;
-    let mut optimizer = Optimizer::new(model.weights().len());
-    for (index, weight) in model.weights().iter().enumerate() {
-        let read = |moment: &str| -> Result<Tensor<2>> {
-            let name = format!("{moment}.{}", weight.name);
-            let view = tensors.tensor(&name).with_context(|| format!("{}: no {name}", path.display()))?;
-            let values: Vec<f32> =
-                view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-            let dims = weight.tensor.dims();
-            if values.len() != dims[0] * dims[1] {
-                bail!("{}: {name} has {} values, expected {dims:?}", path.display(), values.len());
-            }
-            Ok(Tensor::from_data(TensorData::new(values, dims), device))
-        };
-        optimizer.restore(index, Moments { first: read("first")?, second: read("second")? });
-    }
-    Ok(optimizer)
+    let device = model.device();
+    Optimizer::restore(model, rule, |name| {
+        let view = tensors.tensor(name).with_context(|| format!("{}: no {name}", path.display()))?;
+        let values: Vec<f32> =
+            view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        let dims: [usize; 2] =
+            view.shape().try_into().with_context(|| format!("{}: {name} is no matrix", path.display()))?;
+        Ok(Tensor::from_data(TensorData::new(values, dims), &device))
+    })
 }
 
-fn write_optimizer(path: &Path, model: &Decoder, optimizer: &Optimizer) -> Result<()> {
+/// The moved reference of a checkpoint, for [`Decoder::load`] in place of the initial one.
+pub fn reference_dir(dir: &Path) -> PathBuf {
+    dir.join(REFERENCE)
+}
+
+fn write_optimizer<'a>(path: &Path, state: impl Iterator<Item = (String, &'a Tensor<2>)>) -> Result<()> {
     let bytes = |tensor: &Tensor<2>| -> Vec<u8> {
-        let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("moments are floats");
+        let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("an optimizer keeps floats");
         values.iter().flat_map(|v| v.to_le_bytes()).collect()
     };
-    let mut data = Vec::new();
-    for (name, moments) in optimizer.state(model) {
-        let shape = moments.first.dims().to_vec();
-        data.push((format!("first.{name}"), shape.clone(), bytes(&moments.first)));
-        data.push((format!("second.{name}"), shape, bytes(&moments.second)));
-    }
+    let data: Vec<(String, Vec<usize>, Vec<u8>)> =
+        state.map(|(name, tensor)| (name, tensor.dims().to_vec(), bytes(tensor))).collect();
     let views = data
         .iter()
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     safetensors::serialize_to_file(views, None, path)
-        .with_context(|| format!("{}: cannot write", path.display()))
+        .with_context(|| format!("{}: cannot write", path.display()))?;
+    let file = fs::File::open(path).with_context(|| format!("{}: cannot open", path.display()))?;
+    file.sync_all().with_context(|| format!("{}: cannot write", path.display()))
 }

@@ -29,6 +29,8 @@ pub struct DataSettings {
     pub token_cache_dir: Option<PathBuf>,
     pub max_length: usize,
     pub seed: u64,
+    /// The loss takes single completions: pairs are taken apart.
+    pub unpaired: bool,
 }
 
 /// Training rows, and test rows where evaluation needs them.
@@ -56,9 +58,10 @@ impl DataSettings {
             let splits = request.find(&hub, &wanted, say)?;
             let rows = |split: &str| -> Result<Arc<TokenSet>> {
                 let tokens = request.tokens(&splits, split, tokenizer, &cache, say)?;
-                if tokens.set.is_unpaired() {
+                if tokens.set.is_unpaired() && !self.unpaired {
                     bail!(
-                        "{name}: holds completions with labels; this loss needs pairs (chosen and rejected)"
+                        "{name}: holds completions with labels; this loss needs pairs (chosen and rejected); kto and \
+                         apo_zero_unpaired take such rows"
                     );
                 }
                 Ok(Arc::new(tokens.set))
@@ -111,7 +114,7 @@ impl DataSettings {
             revision: self.revision.clone(),
             config: self.config.clone(),
             columns: self.columns.clone(),
-            unpaired: false,
+            unpaired: self.unpaired,
             skip_invalid: self.skip_invalid_rows,
         }
     }

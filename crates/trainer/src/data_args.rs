@@ -68,8 +68,9 @@ pub enum Truncation {
 }
 
 impl DataArgs {
-    /// Checks the flags; `evaluates` says that test rows are needed.
-    pub fn settings(self, seed: u64, evaluates: bool) -> Result<DataSettings, String> {
+    /// Checks the flags; `evaluates` says that test rows are needed, `unpaired` that pairs are to
+    /// be taken apart.
+    pub fn settings(self, seed: u64, evaluates: bool, unpaired: bool) -> Result<DataSettings, String> {
         let datasets: Vec<(String, Option<f64>)> =
             self.dataset_name.iter().map(|given| name_and_weight(given)).collect::<Result<_, _>>()?;
         let weighted = datasets.iter().filter(|(_, weight)| weight.is_some()).count();
@@ -127,6 +128,7 @@ impl DataArgs {
             token_cache_dir: self.token_cache_dir,
             max_length: self.max_length,
             seed,
+            unpaired,
         })
     }
 }

@@ -7,15 +7,16 @@ use pref_data::Dataset;
 use serde_json::{Map, Value};
 
 use crate::metrics::Window;
+use crate::references::{References, Split};
 use crate::settings::Settings;
-use crate::step::{Micro, RefLogps};
+use crate::step::Micro;
 
 /// Metrics of the test rows with TRL's `eval_` names. As in TRL the loss is a mean over rows and every
 /// other metric a mean over batches; the two differ only when the last batch is smaller.
 pub fn run(
     model: &Decoder,
     rows: &Dataset,
-    reference: &[RefLogps],
+    references: &References,
     settings: &Settings,
     train_tokens: usize,
 ) -> Map<String, Value> {
@@ -23,10 +24,11 @@ pub fn run(
     let model = model.frozen();
     let (mut window, mut loss) = (Window::default(), 0.0);
     let all: Vec<u32> = (0..rows.len() as u32).collect();
-    for (batch, reference) in all.chunks(settings.eval_batch).zip(reference.chunks(settings.eval_batch)) {
-        let micro = Micro::new(rows, batch);
-        let (metrics, _) = micro.run(&model, &settings.loss, reference, None);
-        loss += metrics.loss * batch.len() as f64;
+    for batch in all.chunks(settings.eval_batch) {
+        let micro = Micro::new(rows, batch, settings.scoring());
+        let reference = references.of(Split::Test, batch, &micro);
+        let (metrics, _) = micro.run(&model, &settings.loss, &reference, None);
+        loss += metrics[0].1 * batch.len() as f64;
         window.add(&metrics);
     }
     let seconds = started.elapsed().as_secs_f64();

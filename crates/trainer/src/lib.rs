@@ -1,27 +1,38 @@
 //! Aligns a language model on preference pairs: the loop, and what surrounds it.
 //!
-//! `train::run` is the whole story; read it first. Data comes from `pref-data`, the model from `decoder`,
+//! `run::run` is the whole story, `train` its loop; read them first. Data comes from `pref-data`, the model from `decoder`,
 //! the losses from `apo-loss`.
 
 pub mod args;
 pub mod settings;
 
 mod backend;
+mod best;
+mod card;
 mod checkpoint;
+mod checksums;
 pub mod data;
 pub mod data_args;
 mod evaluate;
+mod hints;
 mod inspect;
 mod logs;
 pub mod loss;
+pub mod loss_args;
 mod metrics;
 mod optimizer;
+mod output;
+pub mod peft_args;
 mod plan;
+mod policy;
 mod preflight;
 pub mod recipe;
 mod reference;
 mod references;
+mod rules;
+pub mod run;
 mod run_info;
 pub mod schedule;
 mod step;
+mod tensorboard;
 pub mod train;

@@ -10,15 +10,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pref_data::{JsonlAppender, read_jsonl, write_jsonl};
 use serde_json::{Map, Value};
 
+use crate::tensorboard::EventWriter;
+
 /// `train_log.jsonl` and `eval_log.jsonl` of a run.
 pub struct Logs {
     train: JsonlAppender,
     eval: JsonlAppender,
+    events: Option<EventWriter>,
 }
 
 impl Logs {
-    /// Opens the logs; entries after `step` (of a run that is resumed from there) are dropped.
-    pub fn open(dir: &Path, step: usize) -> Result<Self> {
+    /// Opens the logs; entries after `step` (of a run that is resumed from there) are dropped. `tensorboard`
+    /// asks for event files in `runs/` too.
+    pub fn open(dir: &Path, step: usize, tensorboard: bool) -> Result<Self> {
         let open = |name: &str| -> Result<JsonlAppender> {
             let path = dir.join(name);
             // A line torn by a crash is cut off first.
@@ -31,17 +35,20 @@ impl Logs {
             write_jsonl(&path, &keep)?;
             Ok(JsonlAppender::open(&path)?.0)
         };
-        Ok(Self { train: open("train_log.jsonl")?, eval: open("eval_log.jsonl")? })
+        let events = tensorboard.then(|| EventWriter::create(&dir.join("runs"), step)).transpose()?;
+        Ok(Self { train: open("train_log.jsonl")?, eval: open("eval_log.jsonl")?, events })
     }
 
     /// Appends a training entry.
     pub fn train(&mut self, entry: &Map<String, Value>) -> Result<()> {
-        Ok(self.train.push(&Value::Object(entry.clone()))?)
+        self.train.push(&Value::Object(entry.clone()))?;
+        self.events.as_mut().map_or(Ok(()), |events| events.scalars("train", entry))
     }
 
     /// Appends an evaluation entry.
     pub fn eval(&mut self, entry: &Map<String, Value>) -> Result<()> {
-        Ok(self.eval.push(&Value::Object(entry.clone()))?)
+        self.eval.push(&Value::Object(entry.clone()))?;
+        self.events.as_mut().map_or(Ok(()), |events| events.scalars("eval", entry))
     }
 }
 
@@ -51,7 +58,7 @@ pub fn clear(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).with_context(context)? {
         let path = entry.with_context(context)?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if path.is_dir() && (name.starts_with("checkpoint-") || name.starts_with(".checkpoint-")) {
+        if path.is_dir() && is_our_directory(&path, name) {
             fs::remove_dir_all(&path).with_context(context)?;
         } else if path.is_file() && is_ours(name) {
             fs::remove_file(&path).with_context(context)?;
@@ -60,10 +67,21 @@ pub fn clear(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+fn is_our_directory(path: &Path, name: &str) -> bool {
+    let checkpoint = name.starts_with("checkpoint-") || name.starts_with(".checkpoint-");
+    checkpoint || (name == "adapter" && path.join("adapter_config.json").exists()) || name == "runs"
+}
+
 fn is_ours(name: &str) -> bool {
     matches!(
         name,
-        "train_log.jsonl" | "eval_log.jsonl" | "run.json" | "config.json" | "model.safetensors.index.json"
+        "train_log.jsonl"
+            | "eval_log.jsonl"
+            | "run.json"
+            | "config.json"
+            | "model.safetensors.index.json"
+            | "adapter_config.json"
+            | "adapter_model.safetensors"
     ) || (name.starts_with("model") && name.ends_with(".safetensors"))
 }
 

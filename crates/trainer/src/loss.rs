@@ -1,89 +1,13 @@
-//! Which losses a run minimizes, with what weights and settings.
+//! The losses of a run.
 
-use apo_loss::{self as losses, Divergence, PairLogps};
+use apo_loss::{self as losses, Divergence, LabelWeights, LabelledLogps, PairLogps};
 use burn::tensor::{Device, Tensor, TensorData};
-use clap::{Args, ValueEnum};
+use clap::ValueEnum;
 use serde::Serialize;
 
-/// Flags of the loss.
-#[derive(Debug, Args)]
-pub struct LossArgs {
-    /// Loss; several are added.
-    #[arg(long, value_enum, num_args = 1.., default_value = "sigmoid")]
-    pub loss_type: Vec<LossType>,
-    /// Weight of each of several losses [default: 1 each].
-    #[arg(long, num_args = 1.., value_name = "W")]
-    pub loss_weights: Vec<f64>,
-    /// Strength of the pull towards the reference [default: 0.1].
-    #[arg(long)]
-    pub beta: Option<f64>,
-    /// Share of labels taken as flipped: robust, exo_pair, aot and aot_unpaired.
-    #[arg(long)]
-    pub label_smoothing: Option<f64>,
-    /// Divergence between policy and reference: sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust and discopop.
-    #[arg(long, value_enum, default_value = "reverse_kl")]
-    pub f_divergence_type: DivergenceType,
-    /// Alpha of alpha_divergence [default: 0.5].
-    #[arg(long, value_name = "ALPHA")]
-    pub f_alpha_divergence_coef: Option<f64>,
-    /// Temperature of discopop [default: 0.05].
-    #[arg(long, value_name = "TAU")]
-    pub discopop_tau: Option<f64>,
-}
+pub use crate::loss_args::{DivergenceType, LossType};
 
-/// Loss functions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[value(rename_all = "snake_case")]
-#[serde(rename_all = "snake_case")]
-pub enum LossType {
-    /// DPO.
-    Sigmoid,
-    /// SLiC's hinge.
-    Hinge,
-    /// IPO, a token.
-    Ipo,
-    /// EXO; needs --label-smoothing.
-    ExoPair,
-    /// NCA.
-    NcaPair,
-    /// Robust DPO.
-    Robust,
-    /// BCO on pairs.
-    BcoPair,
-    /// SPPO with hard labels.
-    SppoHard,
-    /// AOT.
-    Aot,
-    /// AOT without pairing.
-    AotUnpaired,
-    /// APO-zero: for winners better than the model (CLAIR).
-    ApoZero,
-    /// APO-down: for a model better than the winners.
-    ApoDown,
-    /// DiscoPOP.
-    Discopop,
-    /// Cross-entropy of the chosen completions.
-    Sft,
-    /// DPO, a token.
-    SigmoidNorm,
-}
-
-/// Divergences, with TRL's names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[value(rename_all = "snake_case")]
-#[serde(rename_all = "snake_case")]
-pub enum DivergenceType {
-    /// DPO's own.
-    ReverseKl,
-    /// Forward KL.
-    ForwardKl,
-    /// Jensen-Shannon.
-    JsDivergence,
-    /// Alpha.
-    AlphaDivergence,
-}
-
-/// Losses with their weights and settings, as they run; the fields stand for the flags of [`LossArgs`].
+/// Losses with their weights and settings, as they run; the fields stand for the flags of [`crate::loss_args::LossArgs`].
 #[allow(missing_docs)]
 #[derive(Debug, Clone, Serialize)]
 pub struct LossSettings {
@@ -94,71 +18,10 @@ pub struct LossSettings {
     pub f_divergence_type: DivergenceType,
     pub f_alpha_divergence_coef: f64,
     pub discopop_tau: f64,
-}
-
-impl LossArgs {
-    /// Checks the flags against each other.
-    pub fn settings(self) -> Result<LossSettings, String> {
-        use LossType::{Aot, AotUnpaired, Discopop, ExoPair, Hinge, Ipo, Robust, Sft, Sigmoid, SigmoidNorm};
-        let any = |kinds: &[LossType]| self.loss_type.iter().any(|loss| kinds.contains(loss));
-        let divergent = [Sigmoid, SigmoidNorm, Hinge, Ipo, ExoPair, Robust, Discopop];
-        let beta = self.beta.unwrap_or(0.1);
-        let smoothing = self.label_smoothing.unwrap_or(0.0);
-        let other = self.f_divergence_type != DivergenceType::ReverseKl;
-        let fits =
-            self.loss_type.iter().all(|loss| *loss == Sft || divergent.contains(loss)) && any(&divergent);
-        let weights_fit = self.loss_weights.is_empty() || self.loss_weights.len() == self.loss_type.len();
-        let divides = any(&[Ipo, LossType::SppoHard]);
-        let rules = [
-            (!(beta.is_finite() && beta >= 0.0), "--beta must be 0 or more"),
-            (divides && beta == 0.0, "--beta must be above 0 with ipo and sppo_hard, which divide by it"),
-            (!weights_fit, "--loss-weights: give as many as there are losses in --loss-type"),
-            (self.loss_weights.iter().any(|weight| !weight.is_finite()), "--loss-weights must be finite"),
-            (
-                self.label_smoothing.is_some() && !any(&[Robust, ExoPair, Aot, AotUnpaired]),
-                "--label-smoothing has no effect with this loss; robust, exo_pair, aot and aot_unpaired use it",
-            ),
-            (!(0.0..1.0).contains(&smoothing), "--label-smoothing must be in [0, 1)"),
-            (any(&[Robust]) && smoothing >= 0.5, "--label-smoothing must be below 0.5 with robust"),
-            (any(&[ExoPair]) && smoothing == 0.0, "exo_pair needs --label-smoothing above 0, such as 1e-3"),
-            (
-                other && !fits,
-                "--f-divergence-type: only sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust and discopop have other \
-                 divergences",
-            ),
-            (
-                self.f_alpha_divergence_coef.is_some()
-                    && self.f_divergence_type != DivergenceType::AlphaDivergence,
-                "--f-alpha-divergence-coef has no effect without --f-divergence-type alpha_divergence",
-            ),
-            (
-                self.f_alpha_divergence_coef.is_some_and(|alpha| !alpha.is_finite()),
-                "--f-alpha-divergence-coef must be finite",
-            ),
-            (
-                self.discopop_tau.is_some() && !any(&[Discopop]),
-                "--discopop-tau has no effect without --loss-type discopop",
-            ),
-            (
-                self.discopop_tau.is_some_and(|tau| !(tau.is_finite() && tau > 0.0)),
-                "--discopop-tau must be above 0",
-            ),
-        ];
-        if let Some((_, reason)) = rules.into_iter().find(|(broken, _)| *broken) {
-            return Err(reason.into());
-        }
-        let weights =
-            if self.loss_weights.is_empty() { vec![1.0; self.loss_type.len()] } else { self.loss_weights };
-        Ok(LossSettings {
-            loss_type: self.loss_type,
-            loss_weights: weights,
-            beta,
-            label_smoothing: smoothing,
-            f_divergence_type: self.f_divergence_type,
-            f_alpha_divergence_coef: self.f_alpha_divergence_coef.unwrap_or(0.5),
-            discopop_tau: self.discopop_tau.unwrap_or(0.05),
-        })
-    }
+    pub ld_alpha: Option<f64>,
+    pub use_weighting: bool,
+    pub desirable_weight: f64,
+    pub undesirable_weight: f64,
 }
 
 impl LossSettings {
@@ -171,13 +34,44 @@ impl LossSettings {
         }
     }
 
+    /// The losses take single completions with labels.
+    pub fn is_unpaired(&self) -> bool {
+        self.loss_type.iter().any(|loss| loss.is_unpaired())
+    }
+
+    /// The loss needs mismatched completions (KTO's estimate of the divergence).
+    pub fn needs_mismatched(&self) -> bool {
+        self.loss_type == [LossType::Kto]
+    }
+
+    /// Mean loss of single completions, `[1]`; `kl` is `[1]`.
+    pub fn unpaired(&self, rows: &LabelledLogps, kl: Tensor<1>) -> Tensor<1> {
+        let weights = LabelWeights { desirable: self.desirable_weight, undesirable: self.undesirable_weight };
+        let losses = match self.loss_type[0] {
+            LossType::Kto => losses::kto(rows, kl, self.beta, weights),
+            _ => losses::apo_zero_unpaired(rows, self.beta, weights),
+        };
+        losses.mean()
+    }
+
     /// The weighted sum of the losses, each a mean over the pairs, `[1]`. `lengths` are the tokens of the two
-    /// completions of each pair, `chosen_tokens` the scored ones of all chosen completions.
-    pub fn total(&self, pairs: &PairLogps, lengths: &[[usize; 2]], chosen_tokens: usize) -> Tensor<1> {
+    /// completions of each pair, `chosen_tokens` the scored ones of all chosen completions; `pair_weights`,
+    /// `[pairs]`, multiply every loss (WPO).
+    pub fn total(
+        &self,
+        pairs: &PairLogps,
+        lengths: &[[usize; 2]],
+        chosen_tokens: usize,
+        pair_weights: Option<&Tensor<1>>,
+    ) -> Tensor<1> {
         let device = pairs.chosen.device();
         let terms = self.loss_type.iter().zip(&self.loss_weights);
         let terms = terms.map(|(loss, weight)| {
-            let mean = self.one(*loss, pairs, lengths, chosen_tokens).mean();
+            let each = self.one(*loss, pairs, lengths, chosen_tokens);
+            let mean = match pair_weights {
+                Some(weights) => (each * weights.clone()).mean(),
+                None => each.mean(),
+            };
             if *weight == 1.0 { mean } else { mean * *weight }
         });
         terms.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([1], &device))
@@ -212,10 +106,16 @@ impl LossSettings {
             LossType::Discopop => losses::discopop(&scores(), beta, self.discopop_tau),
             LossType::Sft => losses::sft(pairs.chosen.clone(), chosen_tokens),
             LossType::SigmoidNorm => losses::sigmoid_norm(&per_token(), beta),
+            LossType::Kto | LossType::ApoZeroUnpaired => unreachable!("see LossSettings::unpaired"),
         }
     }
 
-    /// The losses by name, for people.
+    /// The losses by name.
+    pub fn tags(&self) -> impl Iterator<Item = String> {
+        self.loss_type.iter().filter_map(|loss| Some(loss.to_possible_value()?.get_name().to_string()))
+    }
+
+    /// The losses by name with their weights, for people.
     pub fn names(&self) -> String {
         let name = |loss: &LossType| {
             loss.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()

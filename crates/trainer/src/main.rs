@@ -8,8 +8,9 @@ use std::sync::atomic::Ordering;
 use clap::Parser;
 use trainer::args::{Args, kebab};
 use trainer::recipe;
+use trainer::run::run;
 use trainer::settings::Settings;
-use trainer::train::{INTERRUPTED, Outcome, TRAINING, run};
+use trainer::train::{INTERRUPTED, Outcome, TRAINING};
 
 #[allow(clippy::print_stderr)]
 fn main() -> ExitCode {

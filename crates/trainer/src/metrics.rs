@@ -1,11 +1,14 @@
 //! TRL's metrics of a micro-batch, and their mean over the micro-batches between two log entries.
 
 use decoder::TokenScores;
-use pref_data::Side;
+use pref_data::{Packed, Side};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::step::RefLogps;
+
+/// Metrics of one micro-batch, with TRL's names; the loss first.
+pub type Metrics = Vec<(&'static str, f64)>;
 
 /// Per-pair values of a micro-batch on the host.
 pub struct PairValues {
@@ -19,118 +22,145 @@ pub struct PairValues {
     pub reference: Vec<RefLogps>,
 }
 
-/// Metrics of one micro-batch, with TRL's names.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct BatchMetrics {
+/// Values of single completions on the host.
+pub struct RowValues {
+    /// Mean loss.
     pub loss: f64,
-    pub rewards_chosen: f64,
-    pub rewards_rejected: f64,
-    pub rewards_accuracies: f64,
-    pub rewards_margins: f64,
-    pub logps_chosen: f64,
-    pub logps_rejected: f64,
-    pub logits_chosen: f64,
-    pub logits_rejected: f64,
-    pub entropy: f64,
-    pub mean_token_accuracy: f64,
+    /// Estimated divergence from the reference.
+    pub kl: f64,
+    /// Log-probabilities under the policy.
+    pub logps: Vec<f32>,
+    /// The same under the reference.
+    pub reference: Vec<f32>,
+    /// Whether each is desirable.
+    pub labels: Vec<bool>,
 }
 
-impl BatchMetrics {
-    /// Computes every metric as `DPOTrainer._compute_loss` does.
-    pub fn new(values: &PairValues, tokens: &TokenScores, sides: &[Side], beta: f64) -> Self {
-        let pairs = values.chosen.len() as f64;
-        let mean = |f: &dyn Fn(usize) -> f64| (0..values.chosen.len()).map(f).sum::<f64>() / pairs;
-        // In f32, as TRL compares them: equal log-probabilities must give equal rewards.
-        let reward =
-            |policy: &[f32], i: usize, which: usize| beta as f32 * (policy[i] - values.reference[i][which]);
-        let chosen = |i: usize| reward(&values.chosen, i, 0);
-        let rejected = |i: usize| reward(&values.rejected, i, 1);
-        let token = TokenMeans::new(tokens, sides);
-        Self {
-            loss: values.loss,
-            rewards_chosen: mean(&|i| f64::from(chosen(i))),
-            rewards_rejected: mean(&|i| f64::from(rejected(i))),
-            rewards_accuracies: mean(&|i| f64::from(u8::from(chosen(i) > rejected(i)))),
-            rewards_margins: mean(&|i| f64::from(chosen(i) - rejected(i))),
-            logps_chosen: mean(&|i| f64::from(values.chosen[i])),
-            logps_rejected: mean(&|i| f64::from(values.rejected[i])),
-            logits_chosen: token.logits_chosen,
-            logits_rejected: token.logits_rejected,
-            entropy: token.entropy,
-            mean_token_accuracy: token.accuracy,
-        }
-    }
-
-    fn fields(&self) -> [(&'static str, f64); 11] {
-        [
-            ("loss", self.loss),
-            ("rewards/chosen", self.rewards_chosen),
-            ("rewards/rejected", self.rewards_rejected),
-            ("rewards/accuracies", self.rewards_accuracies),
-            ("rewards/margins", self.rewards_margins),
-            ("logps/chosen", self.logps_chosen),
-            ("logps/rejected", self.logps_rejected),
-            ("logits/chosen", self.logits_chosen),
-            ("logits/rejected", self.logits_rejected),
-            ("entropy", self.entropy),
-            ("mean_token_accuracy", self.mean_token_accuracy),
-        ]
-    }
+/// Metrics of pairs, as `DPOTrainer._compute_loss` computes them.
+pub fn of_pairs(values: &PairValues, tokens: &TokenScores, sides: &[Side], beta: f64) -> Metrics {
+    let pairs = values.chosen.len() as f64;
+    let mean = |f: &dyn Fn(usize) -> f64| (0..values.chosen.len()).map(f).sum::<f64>() / pairs;
+    // In f32, as TRL compares them: equal log-probabilities must give equal rewards.
+    let reward =
+        |policy: &[f32], i: usize, which: usize| beta as f32 * (policy[i] - values.reference[i][which]);
+    let chosen = |i: usize| reward(&values.chosen, i, 0);
+    let rejected = |i: usize| reward(&values.rejected, i, 1);
+    let token = TokenSums::new(tokens, sides, |side| [side.chosen, side.rejected]);
+    let ratio = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
+    vec![
+        ("loss", values.loss),
+        ("rewards/chosen", mean(&|i| f64::from(chosen(i)))),
+        ("rewards/rejected", mean(&|i| f64::from(rejected(i)))),
+        ("rewards/accuracies", mean(&|i| f64::from(u8::from(chosen(i) > rejected(i))))),
+        ("rewards/margins", mean(&|i| f64::from(chosen(i) - rejected(i)))),
+        ("logps/chosen", mean(&|i| f64::from(values.chosen[i]))),
+        ("logps/rejected", mean(&|i| f64::from(values.rejected[i]))),
+        ("logits/chosen", ratio(token.logits[0], token.counts[0])),
+        ("logits/rejected", ratio(token.logits[1], token.counts[1])),
+        ("entropy", ratio(token.entropy, token.counts[0] + token.counts[1])),
+        ("mean_token_accuracy", ratio(token.correct, token.counts[0])),
+    ]
 }
 
-/// Token means: a token shared by both completions counts once for each.
-struct TokenMeans {
+/// Metrics of single completions, as `KTOTrainer._compute_loss` computes them: a side that has no rows in the
+/// micro-batch has no metrics.
+pub fn of_rows(values: &RowValues, tokens: &TokenScores, sides: &[Side], beta: f64) -> Metrics {
+    let mut metrics = vec![("loss", values.loss)];
+    let labels = &values.labels;
+    let token = TokenSums::new(tokens, sides, |side| {
+        let label = labels[side.pair as usize];
+        [label, !label]
+    });
+    let mean_of = |label: bool, f: &dyn Fn(usize) -> f32| {
+        let rows: Vec<f64> =
+            (0..labels.len()).filter(|&i| labels[i] == label).map(|i| f64::from(f(i))).collect();
+        (!rows.is_empty()).then(|| rows.iter().sum::<f64>() / rows.len() as f64)
+    };
+    let reward = |i: usize| beta as f32 * (values.logps[i] - values.reference[i]);
+    let rewards = [true, false].map(|label| mean_of(label, &reward));
+    let logps = [true, false].map(|label| mean_of(label, &|i| values.logps[i]));
+    let logits = [0, 1].map(|i| (token.counts[i] > 0.0).then(|| token.logits[i] / token.counts[i]));
+    let margin = rewards[0].zip(rewards[1]).map(|(chosen, rejected)| chosen - rejected);
+    let entropy = token.entropy / (token.counts[0] + token.counts[1]).max(1.0);
+    let optional = [
+        ("rewards/chosen", rewards[0]),
+        ("rewards/rejected", rewards[1]),
+        ("rewards/margins", margin),
+        ("logps/chosen", logps[0]),
+        ("logps/rejected", logps[1]),
+        ("logits/chosen", logits[0]),
+        ("logits/rejected", logits[1]),
+        ("entropy", Some(entropy)),
+        ("kl", Some(values.kl)),
+    ];
+    metrics.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    metrics
+}
+
+/// WPO's weight of each pair (arXiv 2406.11827, eq. 2): the product over its completions of
+/// `exp(mean(log p(token) - log Σ p²))`.
+pub fn pair_weights(tokens: &TokenScores, packed: &Packed) -> Vec<f32> {
+    let mut sums = vec![[0.0_f64; 2]; packed.rows.len()];
+    for (i, side) in packed.sides.iter().enumerate() {
+        let aligned = f64::from(tokens.logps[i]) - f64::from(tokens.log_squares[i]);
+        let sums = &mut sums[side.pair as usize];
+        sums[0] += if side.chosen { aligned } else { 0.0 };
+        sums[1] += if side.rejected { aligned } else { 0.0 };
+    }
+    let counts = packed.completion_tokens();
+    let weight = |(sums, counts): (&[f64; 2], &[usize; 2])| {
+        (sums[0] / counts[0].max(1) as f64 + sums[1] / counts[1].max(1) as f64).exp() as f32
+    };
+    sums.iter().zip(&counts).map(weight).collect()
+}
+
+/// Token sums of the two sides: a token shared by both completions counts once for each.
+struct TokenSums {
     entropy: f64,
-    logits_chosen: f64,
-    logits_rejected: f64,
-    accuracy: f64,
+    logits: [f64; 2],
+    counts: [f64; 2],
+    correct: f64,
 }
 
-impl TokenMeans {
-    fn new(tokens: &TokenScores, sides: &[Side]) -> Self {
-        let (mut entropy, mut logits, mut counts, mut correct) = (0.0, [0.0; 2], [0.0; 2], 0.0);
+impl TokenSums {
+    fn new(tokens: &TokenScores, sides: &[Side], members: impl Fn(&Side) -> [bool; 2]) -> Self {
+        let mut sums = Self { entropy: 0.0, logits: [0.0; 2], counts: [0.0; 2], correct: 0.0 };
         for (i, side) in sides.iter().enumerate() {
-            for (which, member) in [side.chosen, side.rejected].into_iter().enumerate() {
-                if member {
-                    entropy += f64::from(tokens.entropy[i]);
-                    logits[which] += f64::from(tokens.mean_logits[i]);
-                    counts[which] += 1.0;
-                }
+            let members = members(side);
+            for which in [0, 1].into_iter().filter(|&which| members[which]) {
+                sums.entropy += f64::from(tokens.entropy[i]);
+                sums.logits[which] += f64::from(tokens.mean_logits[i]);
+                sums.counts[which] += 1.0;
             }
-            correct += f64::from(u8::from(side.chosen && tokens.top1[i]));
+            sums.correct += f64::from(u8::from(members[0] && tokens.top1[i]));
         }
-        let ratio = |sum: f64, count: f64| if count > 0.0 { sum / count } else { 0.0 };
-        Self {
-            entropy: ratio(entropy, counts[0] + counts[1]),
-            logits_chosen: ratio(logits[0], counts[0]),
-            logits_rejected: ratio(logits[1], counts[1]),
-            accuracy: ratio(correct, counts[0]),
-        }
+        sums
     }
 }
 
-/// Running mean of micro-batch metrics.
+/// Running mean of micro-batch metrics, each over the micro-batches that have it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Window {
-    sums: Vec<f64>,
-    count: usize,
+    sums: Vec<(String, f64, usize)>,
 }
 
 impl Window {
     /// Adds a micro-batch.
-    pub fn add(&mut self, metrics: &BatchMetrics) {
-        let fields = metrics.fields();
-        self.sums.resize(fields.len(), 0.0);
-        for (sum, (_, value)) in self.sums.iter_mut().zip(fields) {
-            *sum += value;
+    pub fn add(&mut self, metrics: &Metrics) {
+        for &(name, value) in metrics {
+            match self.sums.iter_mut().find(|(known, _, _)| known == name) {
+                Some((_, sum, count)) => {
+                    *sum += value;
+                    *count += 1;
+                }
+                None => self.sums.push((name.into(), value, 1)),
+            }
         }
-        self.count += 1;
     }
 
     /// The means under their names, each behind `prefix`.
     pub fn means(&self, prefix: &str) -> Map<String, Value> {
-        let names = BatchMetrics::default().fields();
-        let mean = |sum: f64| Value::from(sum / self.count.max(1) as f64);
-        names.iter().zip(&self.sums).map(|((name, _), &sum)| (format!("{prefix}{name}"), mean(sum))).collect()
+        let mean = |sum: f64, count: usize| Value::from(sum / count as f64);
+        self.sums.iter().map(|(name, sum, count)| (format!("{prefix}{name}"), mean(*sum, *count))).collect()
     }
 }

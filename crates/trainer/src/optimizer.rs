@@ -1,24 +1,83 @@
-//! AdamW over all weights of a decoder, with clipping by the global norm.
+//! Optimizers over the trained weights of a decoder, with clipping by the global norm.
 
 use burn::tensor::Tensor;
-use decoder::{Decoder, Weight};
+use decoder::{Decoder, Role, Weight};
 use fused_ops::{AdamW, Moments, sum_of_squares};
+use serde::Serialize;
 
-use crate::settings::Settings;
+/// Which rule, with its own settings.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// Decoupled weight decay (`torch.optim.AdamW`).
+    AdamW {
+        /// Decays of the two moments.
+        betas: [f64; 2],
+        /// Added to the root of the second moment.
+        eps: f64,
+    },
+    /// Factored second moment, no first (`transformers.optimization.Adafactor` as the Trainer sets it up:
+    /// `scale_parameter=False`, `relative_step=False`).
+    Adafactor,
+    /// `torch.optim.RMSprop` with its defaults.
+    RmsProp,
+    /// `torch.optim.SGD` without momentum.
+    Sgd,
+    /// Sign of an interpolated momentum (arXiv 2302.06675).
+    Lion {
+        /// Weights of the momentum in the step and in its own update.
+        betas: [f64; 2],
+    },
+}
 
-/// Accumulated gradients and AdamW's moments, in the order of the weights.
+impl Rule {
+    /// Names of what is kept for a weight between steps.
+    fn slots(self, weight: &Weight) -> &'static [&'static str] {
+        match self {
+            Self::AdamW { .. } => &["first", "second"],
+            Self::Adafactor if weight.shape.len() == 2 => &["rows", "columns"],
+            Self::Adafactor | Self::RmsProp => &["second"],
+            Self::Sgd => &[],
+            Self::Lion { .. } => &["first"],
+        }
+    }
+
+    /// Values kept for each value of a weight, about.
+    pub fn states(self) -> usize {
+        match self {
+            Self::AdamW { .. } => 2,
+            Self::RmsProp | Self::Lion { .. } => 1,
+            Self::Adafactor | Self::Sgd => 0,
+        }
+    }
+}
+
+/// Settings that all rules share.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Rule.
+    pub rule: Rule,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Weight decay of weights that are not biases or norms.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient; 0 does not clip.
+    pub max_norm: f64,
+    /// Number of this step, from 1.
+    pub step: usize,
+}
+
+/// Accumulated gradients and what the rule keeps, in the order of the trained weights.
 pub struct Optimizer {
     gradients: Vec<Option<Tensor<2>>>,
-    moments: Vec<Option<Moments>>,
+    slots: Vec<Vec<Tensor<2>>>,
 }
 
 impl Optimizer {
-    /// No gradients, no moments.
+    /// Nothing accumulated, nothing kept.
     pub fn new(weights: usize) -> Self {
-        Self {
-            gradients: (0..weights).map(|_| None).collect(),
-            moments: (0..weights).map(|_| None).collect(),
-        }
+        let none = |_| None;
+        Self { gradients: (0..weights).map(none).collect(), slots: vec![Vec::new(); weights] }
     }
 
     /// Adds a micro-batch's gradients.
@@ -33,41 +92,120 @@ impl Optimizer {
 
     /// One step on every weight that has a gradient; returns the global norm before clipping
     /// (`torch.nn.utils.clip_grad_norm_`). Gradients are used up.
-    pub fn step(&mut self, model: &mut Decoder, settings: &Settings, lr: f64, step: usize) -> f64 {
+    pub fn step(&mut self, model: &mut Decoder, options: Options) -> f64 {
         let norm = self.gradients.iter().flatten().map(sum_of_squares).sum::<f64>().sqrt();
         if !norm.is_finite() {
             return norm;
         }
-        let limit = settings.max_grad_norm / (norm + 1e-6);
-        let scale = if settings.max_grad_norm > 0.0 { limit.min(1.0) } else { 1.0 };
-        for (i, weight) in model.weights_mut().iter_mut().enumerate() {
+        let limit = options.max_norm / (norm + 1e-6);
+        let scale = if options.max_norm > 0.0 { limit.min(1.0) } else { 1.0 };
+        for (i, weight) in model.trained_mut().iter_mut().enumerate() {
             let Some(gradient) = self.gradients[i].take() else { continue };
-            let options = AdamW {
-                lr,
-                beta1: settings.adam_beta1 as f32,
-                beta2: settings.adam_beta2 as f32,
-                eps: settings.adam_epsilon as f32,
-                // Biases and norms are not decayed, as in transformers' Trainer.
-                weight_decay: if weight.is_vector() { 0.0 } else { settings.weight_decay },
-                step: step as u32,
-            };
+            // Biases and norms are not decayed, as in transformers' Trainer.
+            let decayed = weight.role != Role::Vector || weight.name.ends_with("magnitude_vector");
+            let decay = if decayed { options.weight_decay } else { 0.0 };
+            let slots = std::mem::take(&mut self.slots[i]);
+            let vector = weight.shape.len() == 1;
             let parameter = take(weight);
-            let moments = self.moments[i].take().unwrap_or_else(|| Moments::zeros(&parameter));
-            let (parameter, moments) = options.update(parameter, gradient, moments, scale as f32);
+            let (parameter, slots) = update(options, decay, parameter, gradient, slots, scale, vector);
             weight.tensor = parameter.autodiff().require_grad();
-            self.moments[i] = Some(moments);
+            self.slots[i] = slots;
         }
         norm
     }
 
-    /// The moments with their weights' names, for a checkpoint.
-    pub fn state<'a>(&'a self, model: &'a Decoder) -> impl Iterator<Item = (&'a str, &'a Moments)> {
-        model.weights().iter().zip(&self.moments).filter_map(|(w, m)| Some((w.name.as_str(), m.as_ref()?)))
+    /// What is kept, under `slot.weight` names, for a checkpoint.
+    pub fn state<'a>(
+        &'a self,
+        model: &'a Decoder,
+        rule: Rule,
+    ) -> impl Iterator<Item = (String, &'a Tensor<2>)> {
+        model.trained().iter().zip(&self.slots).flat_map(move |(weight, slots)| {
+            let names = rule.slots(weight).iter().map(|slot| format!("{slot}.{}", weight.name));
+            names.zip(slots)
+        })
     }
 
-    /// Sets the moments of weight `index`.
-    pub fn restore(&mut self, index: usize, moments: Moments) {
-        self.moments[index] = Some(moments);
+    /// Reads back what was kept; `read` finds a tensor by name.
+    pub fn restore<E>(
+        model: &Decoder,
+        rule: Rule,
+        read: impl Fn(&str) -> Result<Tensor<2>, E>,
+    ) -> Result<Self, E> {
+        let mut optimizer = Self::new(model.trained().len());
+        for (slots, weight) in optimizer.slots.iter_mut().zip(model.trained()) {
+            let names = rule.slots(weight).iter().map(|slot| format!("{slot}.{}", weight.name));
+            *slots = names.map(|name| read(&name)).collect::<Result<_, E>>()?;
+        }
+        Ok(optimizer)
+    }
+}
+
+/// One step of one weight: the new values and what is kept.
+fn update(
+    options: Options,
+    decay: f64,
+    parameter: Tensor<2>,
+    gradient: Tensor<2>,
+    slots: Vec<Tensor<2>>,
+    scale: f64,
+    vector: bool,
+) -> (Tensor<2>, Vec<Tensor<2>>) {
+    let Options { rule, lr, step, .. } = options;
+    let mut slots = slots.into_iter();
+    let zeros = |dims: [usize; 2]| Tensor::<2>::zeros(dims, &parameter.device());
+    let dims = parameter.dims();
+    if let Rule::AdamW { betas, eps } = rule {
+        let moments = match (slots.next(), slots.next()) {
+            (Some(first), Some(second)) => Moments { first, second },
+            _ => Moments::zeros(&parameter),
+        };
+        let adamw = AdamW {
+            lr,
+            beta1: betas[0] as f32,
+            beta2: betas[1] as f32,
+            eps: eps as f32,
+            weight_decay: decay,
+            step: step as u32,
+        };
+        let (parameter, Moments { first, second }) = adamw.update(parameter, gradient, moments, scale as f32);
+        return (parameter, vec![first, second]);
+    }
+    let gradient = if scale == 1.0 { gradient } else { gradient * scale };
+    match rule {
+        Rule::Sgd => (parameter.clone() - (gradient + parameter * decay) * lr, Vec::new()),
+        Rule::RmsProp => {
+            let gradient = gradient + parameter.clone() * decay;
+            let second = slots.next().unwrap_or_else(|| zeros(dims));
+            let second = second * 0.99 + gradient.clone().square() * 0.01;
+            (parameter - gradient / (second.clone().sqrt() + 1e-8) * lr, vec![second])
+        }
+        Rule::Lion { betas: [beta1, beta2] } => {
+            let first = slots.next().unwrap_or_else(|| zeros(dims));
+            let direction = (first.clone() * beta1 + gradient.clone() * (1.0 - beta1)).sign();
+            let first = first * beta2 + gradient * (1.0 - beta2);
+            (parameter * (1.0 - lr * decay) - direction * lr, vec![first])
+        }
+        Rule::Adafactor | Rule::AdamW { .. } => {
+            let kept = 1.0 - (step as f64).powf(-0.8);
+            let blend = |old: Tensor<2>, new: Tensor<2>| old * kept + new * (1.0 - kept);
+            let squares = gradient.clone().square() + 1e-30;
+            let (update, slots) = if vector {
+                let second = blend(slots.next().unwrap_or_else(|| zeros(dims)), squares);
+                (gradient / second.clone().sqrt(), vec![second])
+            } else {
+                let rows = slots.next().unwrap_or_else(|| zeros([dims[0], 1]));
+                let columns = slots.next().unwrap_or_else(|| zeros([1, dims[1]]));
+                let rows = blend(rows, squares.clone().mean_dim(1));
+                let columns = blend(columns, squares.mean_dim(0));
+                let factor = (rows.clone() / rows.clone().mean_dim(0)).sqrt() * columns.clone().sqrt();
+                (gradient / factor, vec![rows, columns])
+            };
+            // Updates of a root mean square above 1 are scaled down to it.
+            let rms = (sum_of_squares(&update) / (dims[0] * dims[1]) as f64).sqrt();
+            let update = update * (lr / rms.max(1.0));
+            (parameter * (1.0 - lr * decay) - update, slots)
+        }
     }
 }
 

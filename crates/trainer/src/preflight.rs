@@ -1,6 +1,6 @@
 //! What is printed before the first step: data, memory, and anything suspicious.
 
-use decoder::{Config, Mlp};
+use decoder::{Decoder, Mlp, Weight};
 use pref_data::{Audit, Bound, Dataset, TemplateSource, Tokenizer, audit};
 use serde::Serialize;
 
@@ -18,6 +18,8 @@ pub struct DataReport {
     pub tokens: usize,
     pub packed_tokens: usize,
     pub simple_chat_template: bool,
+    /// Desirable completions, where rows are unpaired.
+    pub desirable: Option<usize>,
     #[serde(skip)]
     pub audit: Audit,
 }
@@ -32,22 +34,30 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Weights, gradients and both moments in `f32`; activations of a micro-batch of `tokens`.
-    pub fn new(config: &Config, tokens: usize) -> Self {
-        let weights = 4 * config.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
+    /// Weights (a reference that is kept included), gradients of those that are trained, what the optimizer
+    /// keeps, and activations of a micro-batch of `tokens`, all in `f32`.
+    pub fn new(settings: &Settings, model: &Decoder, tokens: usize) -> Self {
+        let bytes =
+            |weights: &[Weight]| 4 * weights.iter().map(|w| w.shape.iter().product::<usize>()).sum::<usize>();
+        let (all, trained) = (bytes(model.weights()), bytes(model.trained()));
+        let adapter = if model.lora().is_some() { trained } else { 0 };
+        let second = if settings.live_reference && model.lora().is_none() { all } else { 0 };
+        let config = model.config();
         let (hidden, heads) = (config.hidden, config.heads);
         let attention = 2 * heads.query * heads.dim + 2 * heads.kv * heads.dim + heads.query;
         let inner = match config.mlp {
-            Mlp::SwiGlu => 3 * config.intermediate,
-            Mlp::Relu => 2 * config.intermediate,
+            Mlp::Gated(_) => 3 * config.intermediate,
+            Mlp::Plain(_) | Mlp::Relu => 2 * config.intermediate,
         };
-        let per_token = config.layers * (5 * hidden + 2 * attention + inner) + 4 * hidden;
-        let head = (64 << 20) + 4 * 2 * config.vocab * hidden;
+        let per_token = config.layers.len() * (5 * hidden + 2 * attention + inner) + 4 * hidden;
+        // Frozen heads have no gradient.
+        let head_gradient = if model.lora().is_some() { 0 } else { 4 * 2 * config.vocab * hidden };
+        let rows = if settings.loss.needs_mismatched() { 2 } else { 1 };
         Self {
-            weights,
-            gradients: weights,
-            optimizer: 2 * weights,
-            activations: 4 * tokens * per_token + head,
+            weights: all + adapter + second,
+            gradients: trained,
+            optimizer: settings.optim.states() * trained,
+            activations: 4 * rows * tokens * per_token + (64 << 20) + head_gradient,
         }
     }
 
@@ -77,6 +87,7 @@ pub fn data_report(rows: &Dataset, tokenizer: &Tokenizer) -> DataReport {
         longest_id: rows.id(longest.1),
         tokens,
         packed_tokens,
+        desirable: rows.is_unpaired().then(|| (0..rows.len()).filter(|&i| rows.label(i)).count()),
         simple_chat_template: tokenizer.template_source() == TemplateSource::Simple,
         audit: audit(tokenizer, rows),
     }
@@ -85,9 +96,10 @@ pub fn data_report(rows: &Dataset, tokenizer: &Tokenizer) -> DataReport {
 /// Lines for people.
 pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps: usize) -> Vec<String> {
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    let what = if settings.loss.is_unpaired() { "completions" } else { "pairs" };
     let mut lines = vec![
         format!(
-            "data: {} pairs kept, {} dropped (prompt reaches --max-length {}), {} truncated; longest sequence {} tokens (id {})",
+            "data: {} {what} kept, {} dropped (prompt reaches --max-length {}), {} truncated; longest sequence {} tokens (id {})",
             data.rows,
             data.dropped,
             settings.data.max_length,
@@ -96,13 +108,13 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             data.longest_id
         ),
         format!(
-            "tokens: {} in both sequences of each pair, {} after sharing common starts ({:.0} %), no padding",
+            "tokens: {} in all sequences, {} after sharing common starts ({:.0} %), no padding",
             data.tokens,
             data.packed_tokens,
             100.0 * data.packed_tokens as f64 / data.tokens.max(1) as f64
         ),
         format!(
-            "memory plan: weights {:.2} GiB + gradients {:.2} + AdamW {:.2} + activations about {:.2} = {:.2} GiB",
+            "memory plan: weights {:.2} GiB + gradients {:.2} + optimizer {:.2} + activations about {:.2} = {:.2} GiB",
             gib(memory.weights),
             gib(memory.gradients),
             gib(memory.optimizer),
@@ -114,7 +126,7 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             steps,
             settings.accumulation,
             match settings.bound {
-                Bound::Rows(pairs) => format!("{pairs} pairs"),
+                Bound::Rows(rows) => format!("{rows} {what}"),
                 Bound::Tokens(tokens) => format!("at most {tokens} packed tokens"),
             },
             settings.loss.names(),
@@ -124,13 +136,14 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
         ),
     ];
     lines.extend(data.audit.lines.iter().map(|line| format!("first row, {line}")));
-    lines.extend(warnings(data));
+    lines.extend(warnings(settings, data));
     lines
 }
 
 /// What is probably wrong with the data.
-pub fn warnings(data: &DataReport) -> Vec<String> {
+pub fn warnings(settings: &Settings, data: &DataReport) -> Vec<String> {
     let mut lines = Vec::new();
+    lines.extend(label_balance(settings, data));
     if data.simple_chat_template {
         lines.push(
             "WARNING: the model has no chat template; conversations are written as \"Role: text\" (the template \
@@ -147,4 +160,21 @@ pub fn warnings(data: &DataReport) -> Vec<String> {
     }
     lines.extend(data.audit.warnings.iter().map(|warning| format!("WARNING: {warning}")));
     lines
+}
+
+/// KTO's advice for uneven labels (eq. 8 of arXiv 2402.01306, as `KTOTrainer` gives it).
+fn label_balance(settings: &Settings, data: &DataReport) -> Option<String> {
+    let desirable = data.desirable?.max(1) as f64;
+    let undesirable = (data.rows as f64 - desirable).max(1.0);
+    let (d, u) = (settings.loss.desirable_weight, settings.loss.undesirable_weight);
+    let ratio = d * desirable / (u * undesirable);
+    if desirable == undesirable || (1.0..=4.0 / 3.0).contains(&ratio) {
+        return None;
+    }
+    let (low, high) = (undesirable * u / desirable, undesirable * u / desirable * 1.33);
+    let (other_low, other_high) = (desirable * d / undesirable / 1.33, desirable * d / undesirable);
+    Some(format!(
+        "WARNING: {desirable} desirable and {undesirable} undesirable completions; balance them with either \
+         --desirable-weight in [{low:.2}, {high:.2}] or --undesirable-weight in [{other_low:.2}, {other_high:.2}]"
+    ))
 }

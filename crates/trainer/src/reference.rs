@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use decoder::Decoder;
 use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
-use crate::step::{Micro, RefLogps};
+use crate::step::{Micro, RefLogps, Scoring};
 
 /// Time between savings of an unfinished pass.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
@@ -52,6 +52,7 @@ pub fn compute(
     model: &Decoder,
     rows: &Dataset,
     batches: &Batches,
+    scoring: Scoring,
     cache: &Path,
     mut progress: impl FnMut(usize),
 ) -> Vec<RefLogps> {
@@ -60,7 +61,7 @@ pub fn compute(
     let mut saved = Instant::now();
     for batch in batches.iter() {
         if batch.iter().any(|&row| values[row as usize][0].is_nan()) {
-            let micro = Micro::new(rows, batch);
+            let micro = Micro::new(rows, batch, scoring);
             for (&row, logps) in batch.iter().zip(micro.logps(model)) {
                 values[row as usize] = logps;
             }
@@ -93,12 +94,13 @@ mod tests {
         let model = Decoder::load(&model_dir, &Device::flex()).unwrap();
         let batches = Batches::new(&|_| 1, rows.len(), Order::Sequential, Bound::Rows(4), 0, 0);
         let cache = dir.path().join("x.logps");
-        let whole = compute(&model, &rows, &batches, &cache, |_| {});
+        let scoring = Scoring { ld_alpha: None, mismatched: None };
+        let whole = compute(&model, &rows, &batches, scoring, &cache, |_| {});
         // Marked values show that what is there is not computed again.
         let mut half = vec![[f32::NAN; 2]; rows.len()];
         half[..8].fill([7.0, 8.0]);
         write(&cache.with_extension("partial"), &half).unwrap();
-        let resumed = compute(&model, &rows, &batches, &cache, |_| {});
+        let resumed = compute(&model, &rows, &batches, scoring, &cache, |_| {});
         assert!(resumed[..8].iter().all(|pair| *pair == [7.0, 8.0]));
         assert_eq!(resumed[8..], whole[8..]);
         assert!(!cache.with_extension("partial").exists());

@@ -1,10 +1,9 @@
-//! Reference log-probabilities of a run's rows.
+//! Reference log-probabilities of a run's rows: computed beforehand, or by a model that is kept.
 
 use std::path::Path;
 
 use anyhow::Result;
-use burn::tensor::Device;
-use decoder::Decoder;
+use decoder::{Decoder, SaveDtype};
 use pref_data::{Batches, Bound, Dataset, Order};
 
 use crate::data::Data;
@@ -12,42 +11,54 @@ use crate::logs::Progress;
 use crate::plan::Plan;
 use crate::reference;
 use crate::settings::Settings;
-use crate::step::RefLogps;
+use crate::step::{Micro, RefLogps};
 
-/// Reference log-probabilities of both splits.
-pub struct References {
-    /// Of the training rows.
-    pub train: Vec<RefLogps>,
-    /// Of the test rows.
-    pub test: Vec<RefLogps>,
-    /// Nothing had to be computed.
-    pub cached: bool,
+/// Where reference log-probabilities come from.
+pub enum References {
+    /// Computed before training, for the training and for the test rows.
+    Known {
+        /// Of the training rows.
+        train: Vec<RefLogps>,
+        /// Of the test rows.
+        test: Vec<RefLogps>,
+        /// Nothing had to be computed.
+        cached: bool,
+    },
+    /// A model runs beside the policy.
+    Live(Box<Decoder>),
+}
+
+/// Which rows are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// Training rows.
+    Train,
+    /// Test rows.
+    Test,
 }
 
 impl References {
-    /// From the cache, or computed with the model in `dir`, or else with the initial one.
-    pub fn get(
+    /// From the cache, or computed with the reference model; `hash` stands for that model.
+    pub fn known(
         settings: &Settings,
-        dir: Option<&Path>,
         model: &Decoder,
         data: &Data,
         plan: &Plan,
-        model_hash: &str,
-        device: &Device,
+        hash: &str,
         say: &dyn Fn(&str),
     ) -> Result<Self> {
-        let loaded = dir.map(|dir| Decoder::load(dir, device)).transpose()?;
-        let model = loaded.as_ref().unwrap_or(model);
+        let scoring = settings.scoring();
         let mut cached = true;
         let mut one = |rows: &Dataset, batches: &Batches| -> Result<Vec<RefLogps>> {
-            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), model_hash, &rows.hash());
+            let key = format!("{}{}", rows.hash(), scoring.key());
+            let path = reference::cache_path(settings.ref_cache_dir.as_deref(), hash, &key);
             if let Some(values) = reference::read(&path, rows.len()) {
                 return Ok(values);
             }
             cached = false;
             let mut progress = Progress::new("reference", rows.len(), settings.progress_bar);
             let mut done = 0;
-            let values = reference::compute(model, rows, batches, &path, |rows| {
+            let values = reference::compute(model, rows, batches, scoring, &path, |rows| {
                 done += rows;
                 progress.set(done);
             });
@@ -65,6 +76,41 @@ impl References {
             }
             None => Vec::new(),
         };
-        Ok(Self { train, test, cached })
+        Ok(Self::Known { train, test, cached })
+    }
+
+    /// Values for the rows of a micro-batch.
+    pub fn of(&self, split: Split, rows: &[u32], micro: &Micro) -> Vec<RefLogps> {
+        match self {
+            Self::Known { train, test, .. } => {
+                let all = if split == Split::Train { train } else { test };
+                rows.iter().map(|&row| all[row as usize]).collect()
+            }
+            Self::Live(model) => micro.logps(model),
+        }
+    }
+
+    /// Moves a live reference towards the policy: `alpha · policy + (1 - alpha) · reference`
+    /// (`SyncRefModelCallback`).
+    pub fn sync(&mut self, policy: &Decoder, alpha: f64) {
+        if let Self::Live(reference) = self {
+            for (own, new) in reference.weights_mut().iter_mut().zip(policy.weights()) {
+                own.tensor = own.tensor.clone() * (1.0 - alpha) + new.tensor.clone().inner() * alpha;
+            }
+        }
+    }
+
+    /// Writes a live reference into a directory that it makes.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        if let Self::Live(model) = self {
+            std::fs::create_dir_all(dir)?;
+            model.save(dir, SaveDtype::F32, usize::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing had to be computed.
+    pub fn from_cache(&self) -> bool {
+        matches!(self, Self::Known { cached: true, .. })
     }
 }

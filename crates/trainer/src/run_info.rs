@@ -7,6 +7,7 @@ use anyhow::Result;
 use pref_data::write_atomic;
 use serde::Serialize;
 
+use crate::checkpoint::BestSoFar;
 use crate::preflight::{DataReport, MemoryPlan};
 use crate::settings::Settings;
 
@@ -22,13 +23,16 @@ pub struct RunInfo<'a> {
     pub dtype_reason: &'static str,
     pub settings: &'a Settings,
     pub total_steps: usize,
+    pub steps_done: usize,
     pub resumed_from_step: usize,
+    pub best: Option<BestSoFar>,
     pub model_hash: &'a str,
     pub data_hash: &'a str,
     pub data: &'a DataReport,
     pub dropped_ids: &'a [String],
     pub template_date: Option<jiff::civil::Date>,
     pub memory_plan: MemoryPlan,
+    pub trained_parameters: usize,
     pub reference_from_cache: bool,
     pub reference_seconds: f64,
     pub train_seconds: f64,

@@ -5,10 +5,14 @@ use std::path::PathBuf;
 use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
-use crate::args::{Args, Backend, Sampling, Strategy};
+use crate::args::{Args, Backend, Optimizer, Report, Sampling, Strategy};
 use crate::data::DataSettings;
 use crate::loss::LossSettings;
-use crate::schedule::{Schedule, Scheduler};
+use crate::optimizer::Rule;
+use crate::peft_args::PeftSettings;
+use crate::rules;
+use crate::schedule::Schedule;
+use crate::step::Scoring;
 
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -34,6 +38,30 @@ pub enum Resume {
     From(PathBuf),
 }
 
+/// How the reference follows the policy (arXiv 2404.09656).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct SyncReference {
+    /// Steps between moves.
+    pub steps: usize,
+    /// Share of the policy.
+    pub alpha: f64,
+}
+
+/// Which evaluation is the best, and what follows from it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Best {
+    /// Name of the metric, with `eval_`.
+    pub metric: String,
+    /// Larger is better.
+    pub greater: bool,
+    /// The best checkpoint is kept and taken at the end.
+    pub load: bool,
+    /// Evaluations without a better one before the run stops.
+    pub patience: Option<usize>,
+    /// How much better counts as better, for the patience.
+    pub threshold: f64,
+}
+
 /// Everything a run needs to know, resolved; the fields stand for the flags of [`Args`].
 #[allow(missing_docs)]
 #[derive(Debug, Clone, Serialize)]
@@ -42,6 +70,9 @@ pub struct Settings {
     pub model_revision: Option<String>,
     pub reference: Option<String>,
     pub data: DataSettings,
+    pub live_reference: bool,
+    pub sync_reference: Option<SyncReference>,
+    pub peft: Option<PeftSettings>,
     pub output_dir: PathBuf,
     pub overwrite: bool,
     pub chat_template: Option<String>,
@@ -54,9 +85,7 @@ pub struct Settings {
     pub warmup_steps: f64,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
-    pub adam_beta1: f64,
-    pub adam_beta2: f64,
-    pub adam_epsilon: f64,
+    pub optim: Rule,
     pub num_train_epochs: f64,
     pub max_steps: Option<usize>,
     pub per_device_train_batch_size: Option<usize>,
@@ -74,17 +103,19 @@ pub struct Settings {
     pub save: Every,
     pub save_total_limit: Option<usize>,
     pub save_only_model: bool,
+    pub best: Option<Best>,
     pub resume: Resume,
     pub ref_cache_dir: Option<PathBuf>,
     #[serde(skip)]
     pub backend: Backend,
+    pub tensorboard: bool,
     pub progress_bar: bool,
 }
 
 impl Settings {
     /// Checks flags against each other. An `Err` is a usage error.
     pub fn new(args: Args) -> Result<Self, String> {
-        refuse_what_has_no_effect(&args)?;
+        rules::check(&args)?;
         let positive = |name: &str, value: usize| {
             if value == 0 { Err(format!("--{name} must be at least 1")) } else { Ok(value) }
         };
@@ -109,7 +140,7 @@ impl Settings {
             Strategy::Epoch => Every::Epoch,
         };
         let max_steps = usize::try_from(args.max_steps).ok().filter(|&steps| steps > 0);
-        let epochs = args.num_train_epochs;
+        let epochs = args.num_train_epochs.unwrap_or(3.0);
         if max_steps.is_none() && !(epochs.is_finite() && epochs > 0.0) {
             return Err("give --num-train-epochs or --max-steps above 0".into());
         }
@@ -123,17 +154,36 @@ impl Settings {
             Some(tokens) => Bound::Tokens(positive("max-batch-tokens", tokens)?),
             None => Bound::Rows(batch),
         };
+        let loss = args.loss.settings()?;
+        let beta1 = fraction("adam-beta1", args.adam_beta1.unwrap_or(0.9))?;
+        let beta2 = fraction("adam-beta2", args.adam_beta2.unwrap_or(0.999))?;
+        let eps = at_least_zero("adam-epsilon", args.adam_epsilon.unwrap_or(1e-8))?;
+        let sampling = sampling(args.train_sampling_strategy, &loss, &bound)?;
         let chat_template = args.data.chat_template.as_deref().map(read_chat_template).transpose();
         Ok(Self {
             chat_template: chat_template.map_err(|e| format!("--chat-template: {e}"))?,
             template_date: args.data.template_date,
-            data: args.data.settings(args.seed, evaluate != Every::Never)?,
+            data: args.data.settings(args.seed, evaluate != Every::Never, loss.is_unpaired())?,
             model: args.model_name_or_path,
             model_revision: args.model_revision,
             reference: args.ref_model_name_or_path,
             output_dir: args.output_dir,
             overwrite: args.overwrite_output_dir,
-            loss: args.loss.settings()?,
+            live_reference: args.precompute_ref_log_probs == Some(false) || args.sync_ref_model,
+            sync_reference: args.sync_ref_model.then(|| SyncReference {
+                steps: args.ref_model_sync_steps.unwrap_or(512),
+                alpha: args.ref_model_mixup_alpha.unwrap_or(0.6),
+            }),
+            peft: args.peft.settings()?,
+            best: best(
+                args.metric_for_best_model.as_deref(),
+                args.greater_is_better,
+                args.load_best_model_at_end,
+                args.early_stopping_patience,
+                args.early_stopping_threshold,
+            ),
+            optim: rule(args.optim, [beta1, beta2], eps),
+            loss,
             learning_rate: at_least_zero("learning-rate", args.learning_rate)?,
             lr_scheduler_type: value_name(&args.lr_scheduler_type),
             schedule: Schedule::new(
@@ -144,10 +194,7 @@ impl Settings {
             warmup_steps: at_least_zero("warmup-steps", args.warmup_steps)?,
             weight_decay: at_least_zero("weight-decay", args.weight_decay)?,
             max_grad_norm: at_least_zero("max-grad-norm", args.max_grad_norm)?,
-            adam_beta1: fraction("adam-beta1", args.adam_beta1)?,
-            adam_beta2: fraction("adam-beta2", args.adam_beta2)?,
-            adam_epsilon: at_least_zero("adam-epsilon", args.adam_epsilon)?,
-            num_train_epochs: args.num_train_epochs,
+            num_train_epochs: epochs,
             max_steps,
             per_device_train_batch_size: matches!(bound, Bound::Rows(_)).then_some(batch),
             max_batch_tokens: args.max_batch_tokens,
@@ -155,8 +202,8 @@ impl Settings {
             accumulation: positive("gradient-accumulation-steps", args.gradient_accumulation_steps)?,
             eval_batch: positive("per-device-eval-batch-size", args.per_device_eval_batch_size.unwrap_or(8))?,
             seed: args.seed,
-            train_sampling_strategy: value_name(&args.train_sampling_strategy),
-            order: match args.train_sampling_strategy {
+            train_sampling_strategy: value_name(&sampling),
+            order: match sampling {
                 Sampling::Random => Order::Random,
                 Sampling::Sequential => Order::Sequential,
                 Sampling::GroupByLength => Order::GroupByLength,
@@ -169,52 +216,67 @@ impl Settings {
             resume,
             ref_cache_dir: args.ref_cache_dir,
             backend: args.backend,
+            tensorboard: args.report_to.contains(&Report::Tensorboard),
             progress_bar: !args.disable_tqdm,
         })
     }
 }
 
-/// Flags that would do nothing in this run are errors.
-fn refuse_what_has_no_effect(args: &Args) -> Result<(), String> {
-    let rules = [
-        (
-            args.bf16 == Some(true),
-            "--bf16 True: mixed precision is not available with this backend; leave it out or give False",
-        ),
-        (
-            args.gradient_checkpointing == Some(true),
-            "--gradient-checkpointing True is not available yet; leave it out or give False",
-        ),
-        (
-            !args.precompute_ref_log_probs,
-            "--precompute-ref-log-probs False: reference log-probabilities are always precomputed; leave it out",
-        ),
-        (
-            args.eval_strategy != Strategy::Steps && args.eval_steps.is_some(),
-            "--eval-steps has no effect without --eval-strategy steps",
-        ),
-        (
-            args.save_strategy != Strategy::Steps && args.save_steps.is_some(),
-            "--save-steps has no effect without --save-strategy steps",
-        ),
-        (
-            args.save_strategy == Strategy::No && args.save_total_limit.is_some(),
-            "--save-total-limit has no effect with --save-strategy no",
-        ),
-        (
-            args.lr_scheduler_type == Scheduler::Constant && args.warmup_steps > 0.0,
-            "--warmup-steps has no effect with --lr-scheduler-type constant; use constant_with_warmup",
-        ),
-        (
-            args.overwrite_output_dir && args.resume_from_checkpoint.is_some(),
-            "--overwrite-output-dir and --resume-from-checkpoint contradict each other",
-        ),
-        (
-            args.eval_strategy == Strategy::No && args.per_device_eval_batch_size.is_some(),
-            "--per-device-eval-batch-size has no effect without --eval-strategy",
-        ),
-    ];
-    rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, reason)| Err(reason.into()))
+/// The order of the rows; KTO mismatches completions within batches of neighbouring rows.
+fn sampling(given: Option<Sampling>, loss: &LossSettings, bound: &Bound) -> Result<Sampling, String> {
+    let default = if loss.is_unpaired() { Sampling::Sequential } else { Sampling::Random };
+    let sampling = given.unwrap_or(default);
+    if loss.needs_mismatched() {
+        if sampling != Sampling::Sequential {
+            return Err(
+                "--train-sampling-strategy must be sequential with kto: the completions of its divergence \
+                        come from the rows of the same batch"
+                    .into(),
+            );
+        }
+        match bound {
+            Bound::Rows(1) => {
+                return Err(
+                    "--per-device-train-batch-size must be above 1 with kto: the completions of its \
+                            divergence come from other rows of the batch"
+                        .into(),
+                );
+            }
+            Bound::Tokens(_) => {
+                return Err(
+                    "--max-batch-tokens does not go with kto, whose batches have a fixed number of rows"
+                        .into(),
+                );
+            }
+            Bound::Rows(_) => {}
+        }
+    }
+    Ok(sampling)
+}
+
+fn rule(optim: Optimizer, betas: [f64; 2], eps: f64) -> Rule {
+    match optim {
+        Optimizer::AdamwTorch | Optimizer::AdamwTorchFused => Rule::AdamW { betas, eps },
+        Optimizer::Adafactor => Rule::Adafactor,
+        Optimizer::Rmsprop => Rule::RmsProp,
+        Optimizer::Sgd => Rule::Sgd,
+        Optimizer::Lion => Rule::Lion { betas },
+    }
+}
+
+/// transformers' `metric_for_best_model`, its default and its direction.
+fn best(
+    metric: Option<&str>,
+    greater: Option<bool>,
+    load: bool,
+    patience: Option<usize>,
+    threshold: Option<f64>,
+) -> Option<Best> {
+    let metric = metric.unwrap_or("loss");
+    let metric = if metric.starts_with("eval_") { metric.to_string() } else { format!("eval_{metric}") };
+    let greater = greater.unwrap_or(!metric.ends_with("loss"));
+    let threshold = threshold.unwrap_or(0.0);
+    (load || patience.is_some()).then_some(Best { metric, greater, load, patience, threshold })
 }
 
 fn fraction(name: &str, value: f64) -> Result<f64, String> {
@@ -222,6 +284,14 @@ fn fraction(name: &str, value: f64) -> Result<f64, String> {
         Ok(value)
     } else {
         Err(format!("--{name} must be in [0, 1), not {value}"))
+    }
+}
+
+impl Settings {
+    /// What is summed for each row.
+    pub fn scoring(&self) -> Scoring {
+        let batch = self.per_device_train_batch_size.filter(|_| self.loss.needs_mismatched());
+        Scoring { ld_alpha: self.loss.ld_alpha, mismatched: batch }
     }
 }
 

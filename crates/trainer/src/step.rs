@@ -2,28 +2,47 @@
 
 use std::sync::Arc;
 
-use apo_loss::PairLogps;
+use apo_loss::{LabelledLogps, PairLogps, kl_estimate};
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
 use fused_ops::sum_into;
-use pref_data::{Dataset, Packed, PairTokens};
+use pref_data::{Dataset, Packed, PairTokens, kl_rows};
 
 use crate::loss::LossSettings;
-use crate::metrics::{BatchMetrics, PairValues};
+use crate::metrics::{self, Metrics, PairValues, RowValues};
 
-/// Reference log-probabilities of the two completions of a row.
+/// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
+/// mismatched one.
 pub type RefLogps = [f32; 2];
 
-/// A micro-batch ready for the model.
-pub struct Micro {
+/// What is summed for each row, apart from the tokens themselves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    /// Weight of tokens beyond the shorter completion.
+    pub ld_alpha: Option<f64>,
+    /// Completions are mismatched within batches of this many rows.
+    pub mismatched: Option<usize>,
+}
+
+impl Scoring {
+    /// Names what reference values depend on.
+    pub fn key(&self) -> String {
+        match self {
+            Self { ld_alpha: None, mismatched: None } => String::new(),
+            other => format!("{other:?}"),
+        }
+    }
+}
+
+/// Packed sequences and how their tokens are summed.
+struct Packing {
     packed: Packed,
     batch: Batch,
     sums: Arc<Vec<(u32, u32)>>,
-    /// Tokens of both completions of each pair.
-    lengths: Vec<[usize; 2]>,
+    ld_alpha: Option<f64>,
 }
 
-/// Sums of one micro-batch, on the device.
+/// Log-probabilities of the rows, on the device: `[rows]` twice, and of each token.
 struct Scored {
     chosen: Tensor<1>,
     rejected: Tensor<1>,
@@ -31,89 +50,189 @@ struct Scored {
     stats: Tensor<2>,
 }
 
-impl Micro {
-    /// Packs rows of a data set in the given order.
-    pub fn new(data: &Dataset, rows: &[u32]) -> Self {
-        let tokens: Vec<PairTokens> = rows.iter().map(|&row| data.row(row as usize).tokens).collect();
-        let lengths = tokens.iter().map(|pair| [pair.chosen.len(), pair.rejected.len()]).collect();
-        let packed = Packed::new(&tokens);
+impl Packing {
+    fn new(packed: Packed, ld_alpha: Option<f64>) -> Self {
         let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
         let batch =
             Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets);
-        Self { sums: Arc::new(packed.sums()), packed, batch, lengths }
-    }
-
-    fn pairs(&self) -> usize {
-        self.packed.rows.len()
-    }
-
-    /// Tokens the model computes, shared ones once.
-    pub fn computed_tokens(&self) -> usize {
-        self.packed.tokens.len()
-    }
-
-    /// Tokens of both sequences of each pair, as TRL counts them.
-    pub fn num_tokens(&self) -> usize {
-        self.packed.num_tokens
+        let sums = if ld_alpha.is_some() { packed.sums_with_tails() } else { packed.sums() };
+        Self { sums: Arc::new(sums), packed, batch, ld_alpha }
     }
 
     fn score(&self, model: &Decoder) -> Scored {
         let out = model.score(&self.batch);
-        let pairs = self.pairs();
-        let sums = sum_into(out.logps.clone(), &self.sums, 2 * pairs);
+        let rows = self.packed.rows.len();
+        let sums = match self.ld_alpha {
+            None => sum_into(out.logps.clone(), &self.sums, 2 * rows),
+            Some(alpha) => {
+                let sums = sum_into(out.logps.clone(), &self.sums, 4 * rows);
+                sums.clone().narrow(0, 0, 2 * rows) + sums.narrow(0, 2 * rows, 2 * rows) * alpha
+            }
+        };
         Scored {
-            chosen: sums.clone().narrow(0, 0, pairs),
-            rejected: sums.narrow(0, pairs, pairs),
+            chosen: sums.clone().narrow(0, 0, rows),
+            rejected: sums.narrow(0, rows, rows),
             tokens: out.logps.inner(),
             stats: out.stats,
         }
     }
+}
 
-    /// Log-probabilities of both completions of each pair under a model without autodiff.
-    pub fn logps(&self, model: &Decoder) -> Vec<RefLogps> {
-        let scored = self.score(model);
-        host(scored.chosen).into_iter().zip(host(scored.rejected)).map(|(c, r)| [c, r]).collect()
+/// A micro-batch ready for the model.
+pub struct Micro {
+    own: Packing,
+    mismatched: Option<Packing>,
+    /// Tokens of both completions of each pair.
+    lengths: Vec<[usize; 2]>,
+    /// Labels of single completions; empty for pairs.
+    labels: Vec<bool>,
+}
+
+impl Micro {
+    /// Packs rows of a data set in the given order.
+    pub fn new(data: &Dataset, rows: &[u32], scoring: Scoring) -> Self {
+        let prepared: Vec<_> = rows.iter().map(|&row| data.row(row as usize)).collect();
+        let tokens = || prepared.iter().map(|row| &row.tokens);
+        let lengths = tokens().map(|pair| [pair.chosen.len(), pair.rejected.len()]).collect();
+        let unpaired = data.is_unpaired();
+        let packed = if unpaired { Packed::unpaired(tokens()) } else { Packed::new(tokens()) };
+        let mismatched = scoring.mismatched.map(|batch| {
+            let sequences = rows.iter().map(|&row| mismatched(data, row as usize, batch));
+            Packing::new(Packed::unpaired(&sequences.collect::<Vec<_>>()), None)
+        });
+        let labels = if unpaired { prepared.iter().map(|row| row.label).collect() } else { Vec::new() };
+        Self { own: Packing::new(packed, scoring.ld_alpha), mismatched, lengths, labels }
     }
 
-    /// Loss and metrics; with a tracked model also the gradient of `loss · scale`, one a weight.
+    /// Tokens the model computes, shared ones once.
+    pub fn computed_tokens(&self) -> usize {
+        let mismatched = self.mismatched.as_ref().map_or(0, |packing| packing.packed.tokens.len());
+        self.own.packed.tokens.len() + mismatched
+    }
+
+    /// Tokens of all sequences, as TRL counts them.
+    pub fn num_tokens(&self) -> usize {
+        self.own.packed.num_tokens
+    }
+
+    /// Log-probabilities of each row under a model without autodiff.
+    pub fn logps(&self, model: &Decoder) -> Vec<RefLogps> {
+        let scored = self.own.score(model);
+        let second = match &self.mismatched {
+            Some(packing) => packing.score(model).chosen,
+            None => scored.rejected,
+        };
+        host(scored.chosen).into_iter().zip(host(second)).map(|(a, b)| [a, b]).collect()
+    }
+
+    /// Loss and metrics; with a tracked model also the gradient of `loss · scale`, one a trained weight.
     pub fn run(
         &self,
         model: &Decoder,
         loss: &LossSettings,
         reference: &[RefLogps],
         scale: Option<f64>,
-    ) -> (BatchMetrics, Vec<Option<Tensor<2>>>) {
-        let scored = self.score(model);
+    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
+        // Without gradient and before the graph of the other rows exists.
+        let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
+        let scored = self.own.score(model);
+        let tokens = TokenScores::new(host(scored.tokens.clone()), &host(scored.stats.clone()));
+        if self.labels.is_empty() {
+            self.pairs(model, loss, reference, scale, scored, &tokens)
+        } else {
+            self.rows(model, loss, reference, scale, scored, mismatched, &tokens)
+        }
+    }
+
+    fn pairs(
+        &self,
+        model: &Decoder,
+        loss: &LossSettings,
+        reference: &[RefLogps],
+        scale: Option<f64>,
+        scored: Scored,
+        tokens: &TokenScores,
+    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
         let device = scored.chosen.device();
-        let column = |i: usize| column(reference, i, &device);
+        let packed = &self.own.packed;
         let pairs = PairLogps {
             chosen: scored.chosen,
             rejected: scored.rejected,
-            ref_chosen: column(0),
-            ref_rejected: column(1),
+            ref_chosen: column(reference, 0, &device),
+            ref_rejected: column(reference, 1, &device),
         };
-        let counts = self.packed.completion_tokens();
-        let chosen_tokens = counts.iter().map(|count| count[0]).sum();
-        let mean = loss.total(&pairs, &self.lengths, chosen_tokens);
-        let gradients = scale.map_or_else(Vec::new, |scale| {
-            let mut gradients = (mean.clone() * scale).backward();
-            model.weights().iter().map(|weight| weight.tensor.grad_remove(&mut gradients)).collect()
-        });
+        let chosen_tokens = packed.completion_tokens().iter().map(|count| count[0]).sum();
+        let weights = loss.use_weighting.then(|| values(metrics::pair_weights(tokens, packed), &device));
+        let mean = loss.total(&pairs, &self.lengths, chosen_tokens, weights.as_ref());
+        let gradients = gradients(model, &mean, scale);
         let values = PairValues {
             loss: f64::from(host(mean.inner())[0]),
             chosen: host(pairs.chosen.inner()),
             rejected: host(pairs.rejected.inner()),
             reference: reference.to_vec(),
         };
-        let tokens = TokenScores::new(host(scored.tokens), &host(scored.stats));
-        (BatchMetrics::new(&values, &tokens, &self.packed.sides, loss.beta), gradients)
+        (metrics::of_pairs(&values, tokens, &packed.sides, loss.beta), gradients)
+    }
+
+    fn rows(
+        &self,
+        model: &Decoder,
+        loss: &LossSettings,
+        reference: &[RefLogps],
+        scale: Option<f64>,
+        scored: Scored,
+        mismatched: Option<Tensor<1>>,
+        tokens: &TokenScores,
+    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
+        let device = scored.chosen.device();
+        let labels = self.labels.iter().map(|&label| f32::from(u8::from(label))).collect();
+        let rows = LabelledLogps {
+            logps: scored.chosen,
+            ref_logps: column(reference, 0, &device),
+            labels: values(labels, &device),
+        };
+        let kl = match mismatched {
+            Some(logps) => {
+                let inner = kl_estimate(logps.inner(), column(reference, 1, &device).inner());
+                Tensor::from_data(inner.into_data(), &device)
+            }
+            None => Tensor::zeros([1], &device),
+        };
+        let mean = loss.unpaired(&rows, kl.clone());
+        let gradients = gradients(model, &mean, scale);
+        let values = RowValues {
+            loss: f64::from(host(mean.inner())[0]),
+            kl: f64::from(host(kl)[0]),
+            logps: host(rows.logps.inner()),
+            reference: reference.iter().map(|logps| logps[0]).collect(),
+            labels: self.labels.clone(),
+        };
+        (metrics::of_rows(&values, tokens, &self.own.packed.sides, loss.beta), gradients)
     }
 }
 
-fn column(reference: &[RefLogps], i: usize, device: &Device) -> Tensor<1> {
-    let values: Vec<f32> = reference.iter().map(|pair| pair[i]).collect();
+/// Row `row` with the completion that KTO gives it within its batch.
+fn mismatched(data: &Dataset, row: usize, batch: usize) -> PairTokens {
+    let start = row / batch * batch;
+    let rows = batch.min(data.len() - start);
+    let of = start + kl_rows(rows, batch)[row - start];
+    data.mismatched(row, of)
+}
+
+fn gradients(model: &Decoder, mean: &Tensor<1>, scale: Option<f64>) -> Vec<Option<Tensor<2>>> {
+    scale.map_or_else(Vec::new, |scale| {
+        let mut gradients = (mean.clone() * scale).backward();
+        model.trained().iter().map(|weight| weight.tensor.grad_remove(&mut gradients)).collect()
+    })
+}
+
+fn values(values: Vec<f32>, device: &Device) -> Tensor<1> {
     let n = values.len();
     Tensor::from_data(TensorData::new(values, [n]), device)
+}
+
+fn column(reference: &[RefLogps], i: usize, device: &Device) -> Tensor<1> {
+    values(reference.iter().map(|pair| pair[i]).collect(), device)
 }
 
 fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

@@ -1,0 +1,68 @@
+//! The best evaluation: which it is, when to stop waiting for a better one, and going back to it.
+
+use anyhow::{Result, anyhow};
+use decoder::{Decoder, Lora};
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{BestSoFar, State};
+use crate::settings::Settings;
+
+/// What follows from an evaluation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go on.
+    GoOn,
+    /// It has not become better for too long.
+    Stop,
+}
+
+/// Compares an evaluation with the best so far (transformers' `EarlyStoppingCallback` and
+/// `metric_for_best_model`). Where the best checkpoint is to be loaded only evaluations with a checkpoint
+/// (`saved`) count as the best.
+pub fn judge(
+    settings: &Settings,
+    state: &mut State,
+    entry: &Map<String, Value>,
+    saved: bool,
+) -> Result<Verdict> {
+    let Some(best) = &settings.best else { return Ok(Verdict::GoOn) };
+    let value = entry.get(&best.metric).and_then(Value::as_f64).ok_or_else(|| {
+        let known: Vec<&str> =
+            entry.keys().map(String::as_str).filter(|key| key.starts_with("eval_")).collect();
+        anyhow!(
+            "--metric-for-best-model: there is no {}; the evaluation has {}",
+            best.metric,
+            known.join(", ")
+        )
+    })?;
+    let gain = state.best.map(|old| if best.greater { value - old.value } else { old.value - value });
+    let counts = gain.is_none_or(|gain| gain > best.threshold);
+    state.stale = if counts { 0 } else { state.stale + 1 };
+    if gain.is_none_or(|gain| gain > 0.0) && (saved || !best.load) {
+        state.best = Some(BestSoFar { value, step: state.step });
+    }
+    let stop = best.patience.is_some_and(|patience| state.stale >= patience);
+    Ok(if stop { Verdict::Stop } else { Verdict::GoOn })
+}
+
+/// Puts the weights of the best checkpoint into the model, unless it holds them already; tells what was done.
+pub fn load(settings: &Settings, state: &State, model: &mut Decoder) -> Result<Option<String>> {
+    let (Some(best), Some(found)) = (settings.best.as_ref().filter(|best| best.load), state.best) else {
+        return Ok(None);
+    };
+    let text = format!("best checkpoint: step {} with {} {:.6}", found.step, best.metric, found.value);
+    if found.step == state.step {
+        return Ok(Some(text));
+    }
+    let dir = settings.output_dir.join(format!("checkpoint-{}", found.step));
+    crate::checksums::verify(&dir)?;
+    let old = model.frozen();
+    *model = match old.lora() {
+        Some(_) => {
+            let lora = Lora::load(&dir, &old)?;
+            old.with_lora(Some(lora))
+        }
+        None => Decoder::load(&dir, &old.device())?,
+    };
+    Ok(Some(text))
+}
