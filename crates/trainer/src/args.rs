@@ -177,7 +177,7 @@ pub struct Args {
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
     pub gradient_checkpointing: Option<bool>,
     /// Log targets; the JSON Lines files are always written.
-    #[arg(long, value_enum, num_args = 1.., default_value = "jsonl")]
+    #[arg(long, value_enum, num_args = 1.., action = clap::ArgAction::Set, default_value = "jsonl")]
     pub report_to: Vec<Report>,
     /// No progress bar.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]

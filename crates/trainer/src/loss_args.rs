@@ -10,10 +10,10 @@ use crate::loss::LossSettings;
 #[derive(Debug, Args)]
 pub struct LossArgs {
     /// Loss; several are added.
-    #[arg(long, value_enum, num_args = 1.., default_value = "sigmoid")]
+    #[arg(long, value_enum, num_args = 1.., action = clap::ArgAction::Set, default_value = "sigmoid")]
     pub loss_type: Vec<LossType>,
     /// Weight of each of several losses [default: 1 each].
-    #[arg(long, num_args = 1.., value_name = "W")]
+    #[arg(long, num_args = 1.., action = clap::ArgAction::Set, value_name = "W")]
     pub loss_weights: Vec<f64>,
     /// Strength of the pull towards the reference [default: 0.1].
     #[arg(long)]

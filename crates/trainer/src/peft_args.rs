@@ -31,7 +31,7 @@ pub struct PeftArgs {
     #[arg(long, value_name = "P")]
     pub lora_dropout: Option<f64>,
     /// Projections to adapt, by the ends of their names, or all-linear [default: queries and values].
-    #[arg(long, value_name = "NAME", num_args = 1..)]
+    #[arg(long, value_name = "NAME", num_args = 1.., action = clap::ArgAction::Set)]
     pub lora_target_modules: Vec<String>,
     /// Multiply by alpha / sqrt(rank) instead.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]

@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -47,26 +48,95 @@ fn log(dir: &Path, name: &str) -> Vec<Value> {
     .collect()
 }
 
-#[test]
-fn a_killed_and_resumed_run_is_bitwise_the_same() {
+/// Pseudo-random numbers in [0, 1), the same in each run of the tests.
+fn random() -> impl FnMut() -> f64 {
+    let mut state = 7_u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+/// Runs once undisturbed, and once killed `kills` times at random and resumed; both must end the same to the
+/// bit: final weights, both logs.
+fn survives_kills(flags: &[&str], kills: usize) {
     let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let output = run(&mut command(whole.path()));
+    let started = Instant::now();
+    let output = run(command(whole.path()).args(flags));
     assert!(output.status.success(), "{}", stderr(&output));
-    for wait in [120, 180, 240, 300] {
+    let time = started.elapsed();
+    let mut random = random();
+    let mut reached = BTreeSet::new();
+    for _ in 0..kills {
         let mut child = command(killed.path());
-        child.args(["--resume-from-checkpoint", "auto"]).stderr(Stdio::null());
+        child.args(flags).args(["--resume-from-checkpoint", "auto"]).stderr(Stdio::null());
         let mut child = child.spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(wait));
+        std::thread::sleep(time.mul_f64(random() * 0.7));
         child.kill().unwrap();
         child.wait().unwrap();
+        let names = fs::read_dir(killed.path().join("out")).into_iter().flatten();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        reached.insert(names.filter(|name| name.starts_with("checkpoint-")).collect::<BTreeSet<_>>());
     }
-    let output = run(command(killed.path()).args(["--resume-from-checkpoint", "auto"]));
+    assert!(reached.len() > 1, "some kills left checkpoints, and not all the same");
+    let output = run(command(killed.path()).args(flags).args(["--resume-from-checkpoint", "auto"]));
     assert!(output.status.success(), "{}", stderr(&output));
-    let weights = |dir: &Path| fs::read(dir.join("out/model.safetensors")).unwrap();
-    assert!(weights(whole.path()) == weights(killed.path()), "final weights differ");
+    let model = |dir: &Path| {
+        let files = ["model.safetensors", "adapter_model.safetensors"].map(|file| dir.join("out").join(file));
+        fs::read(files.iter().find(|path| path.exists()).unwrap()).unwrap()
+    };
+    assert!(model(whole.path()) == model(killed.path()), "final weights differ");
     for name in ["train_log.jsonl", "eval_log.jsonl"] {
         assert_eq!(log(whole.path(), name), log(killed.path(), name), "{name}");
     }
+}
+
+#[test]
+fn a_run_killed_twenty_times_is_bitwise_the_same() {
+    survives_kills(&["--max-steps", "40"], 20);
+}
+
+#[test]
+fn adapters_kto_and_moving_references_survive_kills_too() {
+    let adapter = "--use-peft --lora-r 4 --lora-dropout 0.2 --disable-dropout False --optim adafactor";
+    survives_kills(&adapter.split(' ').collect::<Vec<_>>(), 4);
+    let kto = "--loss-type kto --optim lion --save-total-limit 1";
+    survives_kills(&kto.split(' ').collect::<Vec<_>>(), 4);
+    let moving = "--sync-ref-model --ref-model-sync-steps 4 --save-steps 5";
+    survives_kills(&moving.split(' ').collect::<Vec<_>>(), 4);
+}
+
+#[test]
+fn a_broken_checkpoint_is_named_and_the_one_before_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&mut command(dir.path())).status.success());
+    let weights = || fs::read(dir.path().join("out/model.safetensors")).unwrap();
+    let (whole, logs) = (weights(), log(dir.path(), "train_log.jsonl"));
+    for (file, keep) in
+        [("optimizer.safetensors", 0.5), ("trainer_state.json", 0.0), ("model.safetensors", 1.0)]
+    {
+        let path = dir.path().join("out/checkpoint-20").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.truncate((bytes.len() as f64 * keep) as usize);
+        if let Some(last) = bytes.last_mut() {
+            *last ^= 1;
+        }
+        fs::write(&path, bytes).unwrap();
+        let output = run(command(dir.path()).args(["--resume-from-checkpoint", "auto"]));
+        assert!(output.status.success(), "{}", stderr(&output));
+        let said = stderr(&output);
+        assert!(
+            said.contains(file) && said.contains("broken") && said.contains("checkpoint-15 (step 15)"),
+            "{said}"
+        );
+        assert!(weights() == whole && log(dir.path(), "train_log.jsonl") == logs);
+    }
+    // Asked for by name it is an error.
+    let path = dir.path().join("out/checkpoint-15/model.safetensors");
+    fs::write(&path, "nothing").unwrap();
+    let output = run(command(dir.path()).args(["--resume-from-checkpoint", "out/checkpoint-15"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("checkpoint-15/model.safetensors: broken"), "{}", stderr(&output));
 }
 
 #[test]

@@ -1,0 +1,189 @@
+//! Options of the real binary that change what is trained, kept or written.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use decoder::{Batch, Decoder, Lora};
+use serde_json::Value;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+}
+
+/// Runs 12 steps of the trainer on tiny-qwen2 into `dir/out`.
+fn train(dir: &Path, flags: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+    command.env("XDG_CACHE_HOME", dir.join("cache")).current_dir(dir);
+    command.arg("--model-name-or-path").arg(fixtures().join("models/tiny-qwen2"));
+    command.arg("--dataset-name").arg(fixtures().join("data/clair_mini"));
+    let line = "--output-dir out --loss-type apo_zero --learning-rate 1e-3 --max-steps 12 --logging-steps 1 \
+                --per-device-train-batch-size 4";
+    command.args(line.split_whitespace()).args(flags.split_whitespace()).output().unwrap()
+}
+
+fn trained(dir: &Path, flags: &str) -> String {
+    let output = train(dir, flags);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{flags}: {said}");
+    said
+}
+
+fn log(dir: &Path, name: &str) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("out").join(name)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn info(dir: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(dir.join("out/run.json")).unwrap()).unwrap()
+}
+
+fn checkpoints(dir: &Path) -> Vec<usize> {
+    let entries = fs::read_dir(dir.join("out")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut steps: Vec<usize> =
+        entries.filter_map(|name| name.to_str()?.strip_prefix("checkpoint-")?.parse().ok()).collect();
+    steps.sort_unstable();
+    steps
+}
+
+fn logps(model: &Decoder) -> Vec<f32> {
+    model.score_to_host(&Batch::of_sequence(&[5, 99, 321, 8, 700, 42, 17])).logps
+}
+
+#[test]
+fn the_best_checkpoint_is_kept_and_taken_at_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    // A rate that is far too high: the first evaluation is the best.
+    let flags = "--learning-rate 0.05 --max-grad-norm 0 --lr-scheduler-type constant --eval-strategy steps --eval-steps 2 \
+                 --save-steps 4 --save-total-limit 1 --load-best-model-at-end --metric-for-best-model logps/chosen";
+    let said = trained(dir.path(), flags);
+    let evals: Vec<f64> =
+        log(dir.path(), "eval_log.jsonl").iter().map(|e| e["eval_logps/chosen"].as_f64().unwrap()).collect();
+    // Of the evaluations that have a checkpoint, or are the last.
+    let (best, value) = [4, 8, 12]
+        .map(|step| (step, evals[step / 2 - 1]))
+        .into_iter()
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .unwrap();
+    assert_ne!(best, 12, "the run gets worse: {evals:?}");
+    assert!(said.contains(&format!("best checkpoint: step {best}")), "{said}");
+    assert_eq!(info(dir.path())["best"]["step"], best);
+    assert_eq!(info(dir.path())["best"]["value"].as_f64(), Some(value));
+    assert!(checkpoints(dir.path()).contains(&best), "{:?}", checkpoints(dir.path()));
+    let read = |path: &str| fs::read(dir.path().join("out").join(path)).unwrap();
+    assert!(read("model.safetensors") == read(&format!("checkpoint-{best}/model.safetensors")));
+    let said = String::from_utf8_lossy(
+        &train(dir.path(), &format!("{flags} --overwrite-output-dir --metric-for-best-model nothing")).stderr,
+    )
+    .into_owned();
+    assert!(said.contains("there is no eval_nothing") && said.contains("eval_loss"), "{said}");
+}
+
+#[test]
+fn a_run_that_gets_no_better_stops_early() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = "--learning-rate 0.05 --max-grad-norm 0 --lr-scheduler-type constant --eval-strategy steps --eval-steps 1 \
+                 --save-strategy no --early-stopping-patience 2 --metric-for-best-model logps/chosen";
+    let said = trained(dir.path(), flags);
+    let steps = info(dir.path())["steps_done"].as_u64().unwrap();
+    assert!(steps < 12 && said.contains("stopping early: 2 evaluations"), "{steps}: {said}");
+    assert_eq!(log(dir.path(), "eval_log.jsonl").len() as u64, steps);
+    assert_eq!(info(dir.path())["status"], "complete");
+}
+
+#[test]
+fn a_merged_model_is_the_model_with_its_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = Decoder::load(&fixtures().join("models/tiny-qwen2"), &burn::tensor::Device::flex()).unwrap();
+    for flags in [
+        "--lora-target-modules all-linear --use-rslora",
+        "--lora-target-modules q_proj mlp.down_proj --use-dora",
+        "--lora-dropout 0.3 --disable-dropout False --use-dora",
+    ] {
+        let more = format!("--use-peft --lora-r 4 --merge --overwrite-output-dir {flags}");
+        trained(dir.path(), &more);
+        let out = dir.path().join("out");
+        let lora = Lora::load(&out.join("adapter"), &base).unwrap();
+        let adapted = logps(&base.clone().with_lora(Some(lora)));
+        let merged = logps(&Decoder::load(&out, &base.device()).unwrap());
+        let change = logps(&base).iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(change > 1e-2, "{flags}: training has changed something");
+        let error = adapted.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(error < 2e-5, "{flags}: {error:e}");
+    }
+}
+
+#[test]
+fn an_adapter_goes_on_from_its_directory_and_contradictions_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = fixtures().join("adapters/tiny-qwen2-lora-init");
+    let start = format!("--adapter-path {}", adapter.display());
+    trained(dir.path(), &start);
+    assert!(dir.path().join("out/adapter_model.safetensors").exists());
+    assert!(!dir.path().join("out/model.safetensors").exists());
+    let moved = dir.path().join("first");
+    fs::rename(dir.path().join("out"), &moved).unwrap();
+    // The reference is the model without the adapter, or with the one that is named.
+    trained(dir.path(), "--adapter-path first");
+    assert!(log(dir.path(), "train_log.jsonl")[0]["rewards/margins"].as_f64().unwrap().abs() > 1e-3);
+    trained(dir.path(), "--adapter-path first --ref-adapter-path first --overwrite-output-dir");
+    assert_eq!(log(dir.path(), "train_log.jsonl")[0]["rewards/margins"], 0.0);
+    for (flags, says) in [
+        ("--lora-r 9", "--lora-r contradicts"),
+        ("--lora-alpha 9", "--lora-alpha contradicts"),
+        ("--lora-target-modules k_proj", "--lora-target-modules contradicts"),
+        ("--use-dora", "--use-dora contradicts"),
+    ] {
+        let output = train(dir.path(), &format!("{start} {flags} --overwrite-output-dir"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && said.contains(says), "{flags}: {said}");
+    }
+    let output = train(dir.path(), "--use-peft --lora-target-modules query --overwrite-output-dir");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("no projection is called \"query\"; the model has down_proj, gate_proj"), "{said}");
+    let output = train(dir.path(), "--model-name-or-path first --overwrite-output-dir");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("holds an adapter") && said.contains("--adapter-path"), "{said}");
+}
+
+#[test]
+fn the_card_names_what_was_done_and_spares_other_files() {
+    let dir = tempfile::tempdir().unwrap();
+    trained(dir.path(), "--use-peft --eval-strategy steps --eval-steps 6 --report-to tensorboard");
+    let card = fs::read_to_string(dir.path().join("out/README.md")).unwrap();
+    for part in [
+        "library_name: peft",
+        "base_model: ",
+        "- apo_zero",
+        "| rewards/margins | ",
+        "AutoPeftModelForCausalLM",
+        "| loss | apo_zero |",
+    ] {
+        assert!(card.contains(part), "{part} is not in {card}");
+    }
+    let events: Vec<_> = fs::read_dir(dir.path().join("out/runs")).unwrap().collect();
+    assert_eq!(events.len(), 1);
+    fs::write(dir.path().join("out/README.md"), "mine").unwrap();
+    trained(dir.path(), "--overwrite-output-dir");
+    assert_eq!(fs::read_to_string(dir.path().join("out/README.md")).unwrap(), "mine");
+    assert!(!dir.path().join("out/adapter_config.json").exists(), "the earlier run is cleared away");
+}
+
+#[test]
+fn pairs_and_single_completions_train_unpaired_losses_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    trained(dir.path(), "--loss-type kto");
+    let first = &log(dir.path(), "train_log.jsonl")[0];
+    assert_eq!((first["loss"].as_f64(), first["kl"].as_f64()), (Some(0.5), Some(0.0)));
+    trained(
+        dir.path(),
+        "--loss-type apo_zero_unpaired --overwrite-output-dir --train-sampling-strategy random",
+    );
+    assert_eq!(log(dir.path(), "train_log.jsonl")[0]["loss"], 0.5);
+    let data = fixtures().join("data/clair_mini_kto");
+    let output = train(dir.path(), &format!("--dataset-name {} --overwrite-output-dir", data.display()));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("completions with labels") && said.contains("kto"), "{said}");
+}
