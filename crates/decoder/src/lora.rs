@@ -265,8 +265,9 @@ impl Decoder {
     }
 }
 
-/// Euclidean norm of each row.
+/// Euclidean norm of each row, summed in `f64`.
 fn row_norms(weight: &Tensor<2>) -> Vec<f32> {
-    let rows = weight.dims()[0];
-    to_vec::<1>(weight.clone().square().sum_dim(1).sqrt().reshape([rows]))
+    let cols = weight.dims()[1];
+    let squares = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+    to_vec(weight.clone()).par_chunks(cols).map(|row| squares(row).sqrt() as f32).collect()
 }

@@ -67,6 +67,10 @@ fn compare(name: &str, got: &[Value], want: &Value, noise: f64) {
     for (got, want) in got.iter().zip(want) {
         for (metric, value) in want.as_object().unwrap() {
             let value = value.as_f64().unwrap();
+            // Before DoRA's first step rewards are rounding (its magnitudes are divided by norms): their signs are too.
+            if name.ends_with("dora") && metric == "rewards/accuracies" && want["step"] == 1 {
+                continue;
+            }
             let Some(tolerance) = tolerance(metric, value).map(|t| t * noise) else { continue };
             let ours = got[metric].as_f64().unwrap_or_else(|| panic!("{name}: {metric} is not logged"));
             assert!(
@@ -168,6 +172,23 @@ fn accumulation_truncation_and_schedules() {
 fn kto_on_single_completions() {
     let dir = check("tiny-qwen2-kto-kto");
     final_weights(&dir, "tiny-qwen2-kto-kto");
+    for name in ["kto-weights", "kto-pairs", "apo-zero-unpaired"] {
+        check(&format!("tiny-qwen2-{name}"));
+    }
+}
+
+#[test]
+fn weights_of_tokens_and_pairs_divergences_and_a_moving_reference() {
+    for name in ["ld-alpha", "ld-alpha-ga2", "wpo", "wpo-mixed", "forward-kl", "js", "alpha", "sync-ref"] {
+        check(&format!("tiny-qwen2-{name}"));
+    }
+}
+
+#[test]
+fn other_optimizers() {
+    for name in ["adafactor", "rmsprop", "sgd"] {
+        check(&format!("tiny-qwen2-{name}"));
+    }
 }
 
 #[test]
@@ -177,6 +198,12 @@ fn low_rank_adapters() {
     final_weights(&dir, "tiny-qwen2-apo_zero-lora");
     check_within("tiny-qwen2-apo_zero-lora-ga4", 1.0, &init);
     check_within("tiny-qwen2-apo_zero-lora-lr0", 1.0, &init);
+    for name in ["lora-all", "dora"] {
+        let (name, init) =
+            (format!("tiny-qwen2-{name}"), format!("fixtures/adapters/tiny-qwen2-{name}-init"));
+        let dir = check_within(&name, 1.0, &["--adapter-path", &init]);
+        final_weights(&dir, &name);
+    }
 }
 
 #[test]
