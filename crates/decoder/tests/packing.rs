@@ -23,7 +23,7 @@ fn pair() -> impl Strategy<Value = PairTokens> {
             chosen: [common.clone(), a].concat(),
             rejected: [common, b].concat(),
             prompt,
-            boundary: 0,
+            ..PairTokens::default()
         }
     })
 }
@@ -72,7 +72,7 @@ fn within(pairs: &[PairTokens], vocab: usize) -> Vec<PairTokens> {
         prompt: ids(&pair.prompt),
         chosen: ids(&pair.chosen),
         rejected: ids(&pair.rejected),
-        boundary: pair.boundary,
+        ..PairTokens::default()
     };
     pairs.iter().map(one).collect()
 }

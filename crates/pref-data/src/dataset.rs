@@ -24,6 +24,16 @@ pub struct PreparedRow {
     pub tokens: PairTokens,
 }
 
+/// Which end of a sequence that is too long is kept (TRL's `truncation_mode`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Keep {
+    /// The start: completions are cut, and rows whose prompt alone is too long are dropped.
+    #[default]
+    Start,
+    /// The end: prompts are cut, of the two sequences of a pair perhaps differently.
+    End,
+}
+
 /// Rows of one or several token sets.
 #[derive(Debug)]
 pub struct Dataset {
@@ -33,6 +43,7 @@ pub struct Dataset {
     /// The rows, as places among all rows.
     rows: Vec<u32>,
     max_length: usize,
+    keep: Keep,
     /// Rows whose prompt alone reaches the maximum length.
     pub dropped: usize,
     /// Ids of the first thousand of them.
@@ -44,9 +55,9 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Takes `rows` (places among the rows of all sets, in order), drops those whose prompt reaches
-    /// `max_length`, and cuts the others at the end (TRL's `keep_start`).
-    pub fn new(sets: Vec<Arc<TokenSet>>, rows: Vec<u32>, max_length: Option<usize>) -> Self {
+    /// Takes `rows` (places among the rows of all sets, in order) and cuts those beyond `max_length`; where the
+    /// start is kept, those whose prompt alone reaches it are dropped.
+    pub fn new(sets: Vec<Arc<TokenSet>>, rows: Vec<u32>, max_length: Option<usize>, keep: Keep) -> Self {
         let starts = starts(&sets);
         let max_length = max_length.unwrap_or(usize::MAX);
         let mut dataset = Self {
@@ -54,6 +65,7 @@ impl Dataset {
             starts,
             rows: Vec::new(),
             max_length,
+            keep,
             dropped: 0,
             dropped_ids: Vec::new(),
             truncated: 0,
@@ -64,7 +76,7 @@ impl Dataset {
             let (set, inner) = dataset.place(row as usize);
             let lengths = set.lengths(inner);
             let boundary = set.boundary(inner) > 0;
-            let fits = lengths.prompt < max_length;
+            let fits = lengths.prompt < max_length || keep == Keep::End;
             if !fits && dataset.dropped_ids.len() < REPORTED {
                 let id = set.id(inner);
                 dataset.dropped_ids.push(id);
@@ -81,7 +93,7 @@ impl Dataset {
     /// All rows of a token set.
     pub fn whole(set: TokenSet, max_length: Option<usize>) -> Self {
         let rows = (0..set.len() as u32).collect();
-        Self::new(vec![Arc::new(set)], rows, max_length)
+        Self::new(vec![Arc::new(set)], rows, max_length, Keep::Start)
     }
 
     fn place(&self, row: usize) -> (&TokenSet, usize) {
@@ -117,7 +129,10 @@ impl Dataset {
     /// Lengths of row `i` after truncation.
     pub fn lengths(&self, i: usize) -> Lengths {
         let (set, row) = self.at(i);
-        set.lengths(row).cut(self.max_length)
+        match self.keep {
+            Keep::Start => set.lengths(row).cut(self.max_length),
+            Keep::End => set.lengths(row).cut_start(self.max_length),
+        }
     }
 
     /// The label of row `i`, where rows are unpaired.
@@ -130,9 +145,14 @@ impl Dataset {
     pub fn row(&self, i: usize) -> PreparedRow {
         let (set, row) = self.at(i);
         let mut tokens = set.tokens(row);
-        let room = self.max_length.saturating_sub(tokens.prompt.len());
-        tokens.chosen.truncate(room);
-        tokens.rejected.truncate(room);
+        match self.keep {
+            Keep::Start => {
+                let room = self.max_length.saturating_sub(tokens.prompt.len());
+                tokens.chosen.truncate(room);
+                tokens.rejected.truncate(room);
+            }
+            Keep::End => cut_start(&mut tokens, self.max_length),
+        }
         PreparedRow { id: set.id(row), row: self.rows[i] as usize, label: set.label(row), tokens }
     }
 
@@ -168,11 +188,40 @@ impl Dataset {
             hasher.update(&set.hash());
         }
         hasher.update(&(self.max_length as u64).to_le_bytes());
+        if self.keep == Keep::End {
+            hasher.update(b"end");
+        }
         for row in &self.rows {
             hasher.update(&row.to_le_bytes());
         }
         hasher.finalize().to_hex().to_string()
     }
+}
+
+/// Keeps the last `max` tokens of both sequences.
+fn cut_start(tokens: &mut PairTokens, max: usize) {
+    let prompt = tokens.prompt.len();
+    let excess = |completion: &[u32]| (prompt + completion.len()).saturating_sub(max);
+    let [chosen, rejected] = [excess(&tokens.chosen), excess(&tokens.rejected)];
+    if chosen == rejected {
+        let beyond = chosen.saturating_sub(prompt);
+        tokens.prompt.drain(..chosen.min(prompt));
+        tokens.chosen.drain(..beyond.min(tokens.chosen.len()));
+        tokens.rejected.drain(..beyond.min(tokens.rejected.len()));
+        return;
+    }
+    let own = |completion: &[u32], excess: usize| {
+        let sequence = [tokens.prompt.as_slice(), completion].concat();
+        (sequence[excess..].to_vec(), prompt.saturating_sub(excess))
+    };
+    let (chosen, rejected) = (own(&tokens.chosen, chosen), own(&tokens.rejected, rejected));
+    *tokens = PairTokens {
+        prompt: Vec::new(),
+        chosen: chosen.0,
+        rejected: rejected.0,
+        boundary: tokens.boundary,
+        context: [chosen.1, rejected.1],
+    };
 }
 
 fn starts(sets: &[Arc<TokenSet>]) -> Vec<usize> {

@@ -34,7 +34,7 @@ pub use audit::{Audit, audit};
 pub use batches::{Batches, Bound, Order};
 pub use card::Card;
 pub use contrast::{Contrast, jaccard, levenshtein};
-pub use dataset::{Dataset, PreparedRow, hold_out, mix};
+pub use dataset::{Dataset, Keep, PreparedRow, hold_out, mix};
 pub use error::Error;
 pub use layout::{Kind, Layout, ROLES, Record, Row, Unpaired, unpair};
 pub use pack::{Packed, PackedRow, Side};

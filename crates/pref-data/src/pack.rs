@@ -1,6 +1,7 @@
 //! Packing: pairs become rows `shared ++ chosen tail ++ rejected tail`, concatenated without padding.
 
 use crate::PairTokens;
+use crate::tokenize::common_prefix;
 
 /// One pair in a packed batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +67,8 @@ impl Packed {
 
     fn push(&mut self, pair: u32, tokens: &PairTokens) {
         let prompt = tokens.prompt.len();
-        let common = tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
+        let common =
+            if tokens.context == [0; 2] { common_prefix(&tokens.chosen, &tokens.rejected) } else { 0 };
         let (shared, start) = (prompt + common, self.tokens.len());
         self.tokens.extend(&tokens.prompt);
         self.tokens.extend(&tokens.chosen[..common]);
@@ -82,7 +84,7 @@ impl Packed {
             self.tokens.extend(tail);
             self.positions.extend(shared as u32..(shared + tail.len()) as u32);
             let side = Side { pair, chosen: which == 0, rejected: which == 1 };
-            for (i, &target) in tail.iter().enumerate() {
+            for (i, &target) in tail.iter().enumerate().skip(tokens.context[which]) {
                 // The first token of a tail follows the last shared one.
                 let predictor = if i > 0 { Some(first + i - 1) } else { (start + shared).checked_sub(1) };
                 if let Some(predictor) = predictor.filter(|&p| p >= start) {
@@ -149,7 +151,12 @@ mod tests {
     use super::*;
 
     fn pair(prompt: &[u32], chosen: &[u32], rejected: &[u32]) -> PairTokens {
-        PairTokens { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into(), boundary: 0 }
+        PairTokens {
+            prompt: prompt.into(),
+            chosen: chosen.into(),
+            rejected: rejected.into(),
+            ..PairTokens::default()
+        }
     }
 
     #[test]
@@ -163,11 +170,23 @@ mod tests {
         assert_eq!(packed.sums(), [(0, 0), (0, 1), (1, 0), (2, 0), (3, 1)]);
         assert_eq!(
             packed.sums_with_tails(),
-            [(0, 0), (0, 1), (1, 0), (2, 4), (3, 1)],
+            [(0, 0), (0, 1), (1, 0), (2, 2), (3, 1)],
             "5 is beyond two tokens"
         );
         assert_eq!(packed.num_tokens, 9);
         assert_eq!(packed.completion_tokens(), [[3, 2]]);
+    }
+
+    #[test]
+    fn prompts_that_differ_are_context_of_their_own_completion() {
+        let tokens = PairTokens { context: [2, 0], ..pair(&[], &[1, 2, 3], &[1, 2]) };
+        let packed = Packed::new([&tokens]);
+        assert_eq!(packed.rows, [PackedRow { start: 0, shared: 0, tails: [3, 2] }]);
+        assert_eq!(
+            (packed.targets.as_slice(), packed.predictors.as_slice()),
+            ([3, 2].as_slice(), [1, 3].as_slice())
+        );
+        assert_eq!(packed.completion_tokens(), [[1, 1]], "the first token of a sequence has no predecessor");
     }
 
     #[test]

@@ -47,6 +47,20 @@ impl Lengths {
         Self { prompt: self.prompt, chosen, rejected, common }
     }
 
+    /// After cutting both sequences to `max` tokens at the start. Where different parts of the prompt are left it
+    /// is no longer common, and counts with each completion.
+    #[must_use]
+    pub fn cut_start(self, max: usize) -> Self {
+        let [chosen, rejected] = [self.chosen, self.rejected].map(|n| (self.prompt + n).saturating_sub(max));
+        if chosen != rejected {
+            let [chosen, rejected] = [self.chosen, self.rejected].map(|n| (self.prompt + n).min(max));
+            return Self { prompt: 0, chosen, rejected, common: 0 };
+        }
+        let beyond = chosen.saturating_sub(self.prompt);
+        let [a, b, common] = [self.chosen, self.rejected, self.common].map(|n| n.saturating_sub(beyond));
+        Self { prompt: self.prompt.saturating_sub(chosen), chosen: a, rejected: b, common }
+    }
+
     /// Tokens of the longer sequence.
     pub fn longest(self) -> usize {
         self.prompt + self.chosen.max(self.rejected)

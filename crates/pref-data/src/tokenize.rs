@@ -14,6 +14,9 @@ pub struct PairTokens {
     pub rejected: Vec<u32>,
     /// Tokens at the end of the prompt that prompt + completion tokenizes differently.
     pub boundary: usize,
+    /// Tokens at the start of `chosen` and of `rejected` that are of a prompt which the two do not have in common;
+    /// nothing is shared then. Only where sequences are cut at their start.
+    pub context: [usize; 2],
 }
 
 impl Tokenizer {
@@ -44,6 +47,7 @@ impl Tokenizer {
         let shared = common_prefix(&prompt, &chosen).min(common_prefix(&prompt, &rejected));
         Ok(PairTokens {
             boundary: prompt.len() - shared,
+            context: [0; 2],
             prompt: prompt[..shared].to_vec(),
             chosen: chosen[shared..].to_vec(),
             rejected: rejected[shared..].to_vec(),
@@ -56,6 +60,7 @@ impl Tokenizer {
         let shared = common_prefix(&prompt, &both);
         Ok(PairTokens {
             boundary: prompt.len() - shared,
+            context: [0; 2],
             prompt: prompt[..shared].to_vec(),
             chosen: both[shared..].to_vec(),
             rejected: Vec::new(),

@@ -157,7 +157,7 @@ impl TokenSet {
         };
         let Lengths { prompt, chosen, rejected, .. } = entry.lengths;
         let [prompt, chosen, rejected] = [prompt, chosen, rejected].map(&mut part);
-        PairTokens { prompt, chosen, rejected, boundary: entry.boundary as usize }
+        PairTokens { prompt, chosen, rejected, boundary: entry.boundary as usize, context: [0; 2] }
     }
 
     fn ids_start(&self) -> usize {
@@ -194,6 +194,7 @@ mod tests {
                 chosen: chosen.into(),
                 rejected: rejected.into(),
                 boundary: prompt.len() % 2,
+                context: [0; 2],
             };
             (id.to_string(), tokens, label)
         };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use hub::{DataRequest, Hub};
-use pref_data::{Dataset, TokenSet, Tokenizer, default_cache_dir, hold_out, mix};
+use pref_data::{Dataset, Keep, TokenSet, Tokenizer, default_cache_dir, hold_out, mix};
 use serde::Serialize;
 
 /// Which rows to train and to evaluate on; the fields stand for the flags of `DataArgs`.
@@ -28,6 +28,9 @@ pub struct DataSettings {
     pub test_split_size: Option<f64>,
     pub token_cache_dir: Option<PathBuf>,
     pub max_length: usize,
+    pub truncation_mode: &'static str,
+    #[serde(skip)]
+    pub keep: Keep,
     pub seed: u64,
     /// The loss takes single completions: pairs are taken apart.
     pub unpaired: bool,
@@ -84,13 +87,13 @@ impl DataSettings {
         };
         let test = match (need_test, self.test_split_size) {
             (false, _) => None,
-            (true, Some(_)) => Some(Dataset::new(train.clone(), aside, Some(self.max_length))),
+            (true, Some(_)) => Some(self.rows(train.clone(), aside)),
             (true, None) => {
                 let all = (0..test.iter().map(|set| set.len() as u32).sum()).collect();
-                Some(Dataset::new(test, all, Some(self.max_length)))
+                Some(self.rows(test, all))
             }
         };
-        let data = Data { train: Dataset::new(train, chosen, Some(self.max_length)), test };
+        let data = Data { train: self.rows(train, chosen), test };
         for (what, rows) in [("training", Some(&data.train)), ("test", data.test.as_ref())] {
             if let Some(rows) = rows.filter(|rows| rows.is_empty()) {
                 if rows.dropped == 0 {
@@ -106,6 +109,10 @@ impl DataSettings {
             }
         }
         Ok(data)
+    }
+
+    fn rows(&self, sets: Vec<Arc<TokenSet>>, rows: Vec<u32>) -> Dataset {
+        Dataset::new(sets, rows, Some(self.max_length), self.keep)
     }
 
     fn request(&self, name: &str) -> DataRequest {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use hub::{columns, name_and_weight};
+use pref_data::Keep;
 
 use crate::args::boolean;
 use crate::data::DataSettings;
@@ -65,6 +66,8 @@ pub struct DataArgs {
 pub enum Truncation {
     /// Keep the start.
     KeepStart,
+    /// Keep the end; no row is dropped.
+    KeepEnd,
 }
 
 impl DataArgs {
@@ -75,7 +78,12 @@ impl DataArgs {
             self.dataset_name.iter().map(|given| name_and_weight(given)).collect::<Result<_, _>>()?;
         let weighted = datasets.iter().filter(|(_, weight)| weight.is_some()).count();
         let unseen = || (weighted == 0 || datasets.len() == 1) && self.max_train_samples.is_none();
+        let end = self.truncation_mode == Truncation::KeepEnd;
         let rules = [
+            (
+                end && unpaired,
+                "--truncation-mode keep_end does not go with kto and apo_zero_unpaired, whose trainer has no such choice",
+            ),
             (
                 weighted > 0 && weighted < datasets.len(),
                 "--dataset-name: give all data sets a weight, or none",
@@ -127,6 +135,8 @@ impl DataArgs {
             test_split_size: self.test_split_size,
             token_cache_dir: self.token_cache_dir,
             max_length: self.max_length,
+            truncation_mode: if end { "keep_end" } else { "keep_start" },
+            keep: if end { Keep::End } else { Keep::Start },
             seed,
             unpaired,
         })

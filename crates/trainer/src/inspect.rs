@@ -8,7 +8,9 @@ use pref_data::{Dataset, Tokenizer};
 pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &Dataset, n: usize) -> Result<()> {
     for row in rows.iter().take(n) {
         let tokens = &row.tokens;
-        let shared = tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
+        let common = || tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
+        let [a, b] = tokens.context;
+        let shared = if a + b == 0 { common() } else { 0 };
         writeln!(
             out,
             "row {} (id {}): prompt {}, chosen {}, rejected {}, shared start of the completions {shared}",
@@ -27,8 +29,10 @@ pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &Dataset, n: usi
         let prompt = tokens.prompt.len();
         section("-", 0, &tokens.prompt)?;
         section("both", prompt, &tokens.chosen[..shared])?;
-        section("chosen", prompt + shared, &tokens.chosen[shared..])?;
-        section("rejected", prompt + shared, &tokens.rejected[shared..])?;
+        section("-", 0, &tokens.chosen[..a])?;
+        section("chosen", prompt + shared + a, &tokens.chosen[shared + a..])?;
+        section("-", 0, &tokens.rejected[..b])?;
+        section("rejected", prompt + shared + b, &tokens.rejected[shared + b..])?;
     }
     Ok(())
 }

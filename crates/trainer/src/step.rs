@@ -93,7 +93,9 @@ impl Micro {
     pub fn new(data: &Dataset, rows: &[u32], scoring: Scoring) -> Self {
         let prepared: Vec<_> = rows.iter().map(|&row| data.row(row as usize)).collect();
         let tokens = || prepared.iter().map(|row| &row.tokens);
-        let lengths = tokens().map(|pair| [pair.chosen.len(), pair.rejected.len()]).collect();
+        let completions =
+            |pair: &PairTokens| [pair.chosen.len() - pair.context[0], pair.rejected.len() - pair.context[1]];
+        let lengths = tokens().map(completions).collect();
         let unpaired = data.is_unpaired();
         let packed = if unpaired { Packed::unpaired(tokens()) } else { Packed::new(tokens()) };
         let mismatched = scoring.mismatched.map(|batch| {
