@@ -30,6 +30,9 @@
 //! | [`kto`] | `1 - σ(yβ(x - kl))`, `kl` from [`kl_estimate`] | KTO, arXiv 2402.01306, eq. 7 |
 //! | [`apo_zero_unpaired`] | `1 - σ(yβx)` | TRL `apo_zero_unpaired` |
 //!
+//! [`length_desensitized`] (LD-DPO) changes the log-probabilities that go in, [`pair_weights`] (WPO) multiplies what
+//! comes out; several losses are added with weights of the caller's choice.
+//!
 //! All are the forms of TRL 1.16's `DPOTrainer._compute_loss` and `KTOTrainer._compute_loss`.
 //!
 //! ```
@@ -53,6 +56,7 @@ mod divergence;
 mod margin;
 mod pair;
 mod unpaired;
+mod weights;
 
 use burn::tensor::Tensor;
 
@@ -60,6 +64,7 @@ pub use divergence::{Divergence, Scores};
 pub use margin::{discopop, exo_pair, hinge, ipo, robust, sigmoid, sigmoid_norm};
 pub use pair::{aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sft, sppo_hard};
 pub use unpaired::{LabelWeights, LabelledLogps, apo_zero_unpaired, kl_estimate, kto};
+pub use weights::{length_desensitized, pair_weights};
 
 /// Summed completion log-probabilities, each `[pairs]`, in nats.
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@
 use apo_loss::{
     Divergence, LabelWeights, LabelledLogps, PairLogps, Scores, aot, aot_unpaired, apo_down, apo_zero,
     apo_zero_unpaired, bco_pair, discopop, exo_pair, hinge, ipo, kl_estimate, kto, nca_pair, rewards, robust,
-    sft, sigmoid, sigmoid_norm, sppo_hard,
+    length_desensitized, pair_weights, sft, sigmoid, sigmoid_norm, sppo_hard,
 };
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -244,4 +244,19 @@ fn labelled_completions_have_their_values_in_pytorch() {
     };
     let want = [-1.5 * slope(0.75), 0.5 * slope(-11.25), -1.5 * slope(-1.25), 0.5 * slope(-2.25)];
     close(host(rows.logps.grad(&grads).unwrap()), &want);
+}
+
+/// ```python
+/// import torch
+/// print(torch.tensor([-10., -3.]) + 0.4 * torch.tensor([-5., 0.]))       # common + alpha * beyond
+/// print(torch.exp(torch.tensor([-.5, -2.])) * torch.exp(torch.tensor([-.25, -1.])))
+/// ```
+#[test]
+fn weights_of_tokens_and_pairs_have_their_values_in_pytorch() {
+    close(host(length_desensitized(tensor(&[-10.0, -3.0]), tensor(&[-5.0, 0.0]), 0.4).inner()), &[-12.0, -3.0]);
+    let chosen = tensor(&[-0.5, -2.0]).require_grad();
+    let weights = pair_weights(chosen.clone(), tensor(&[-0.25, -1.0]));
+    close(host(weights.clone().inner()), &[0.472_366_55, 0.049_787_068]);
+    let gradients = (weights * chosen.clone()).sum().backward();
+    close(host(chosen.grad(&gradients).unwrap()), &[0.472_366_55, 0.049_787_068]);
 }

@@ -33,6 +33,18 @@ const UNSUPPORTED: [&str; 15] = [
     "velora_config",
 ];
 
+/// The base model that an adapter's directory names; `None` where the directory is not an adapter's alone.
+pub fn adapter_base(dir: &Path) -> Result<Option<String>, Error> {
+    let path = dir.join(CONFIG);
+    if !path.exists() || dir.join("config.json").exists() {
+        return Ok(None);
+    }
+    match read_json(&path)?["base_model_name_or_path"].as_str() {
+        Some(base) => Ok(Some(base.to_string())),
+        None => Err(Error::Config { path, reason: "base_model_name_or_path is missing".into() }),
+    }
+}
+
 impl Lora {
     /// Loads an adapter made by PEFT, or here, for `model`.
     pub fn load(dir: &Path, model: &Decoder) -> Result<Self, Error> {

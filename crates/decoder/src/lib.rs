@@ -18,6 +18,7 @@ mod rope;
 mod sampling;
 mod weights;
 
+pub use adapter::adapter_base;
 pub use batch::{Batch, TokenScores};
 pub use checkpoint::{Companions, SaveDtype, eos_ids};
 pub use config::{Config, Layer, Mlp, Norm, Positions, QkNorm};

@@ -6,6 +6,7 @@ pub mod args;
 pub mod bootstrap;
 pub mod data;
 pub mod histogram;
+pub mod models;
 pub mod pairs;
 pub mod report;
 pub mod sample;

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::Device;
 use decoder::Decoder;
-use hub::{Hub, announce};
+use hub::Hub;
 use pref_data::{Dataset, Tokenizer, default_cache_dir, read_chat_template, write_atomic, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::models::Model;
 use crate::args::{PairsArgs, template_time};
 use crate::bootstrap::{Estimate, mean};
 use crate::report;
@@ -60,15 +60,15 @@ pub struct Metric {
 /// Runs the command; returns the table for stdout.
 pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let hub = Hub::from_env();
-    let find = |name: &str| hub.model(name, None, &announce(&tell));
-    let model_dir = find(&args.model)?;
-    let reference_dir = args.reference.as_deref().map(find).transpose()?;
+    let find = |name: &str| Model::find(&hub, name, &tell);
+    let model = find(&args.model)?;
+    let reference = args.reference.as_deref().map(find).transpose()?;
     let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
-    let tokenizer = Tokenizer::load(&model_dir, template.as_deref(), template_time(args.template_date))?;
+    let tokenizer = Tokenizer::load(model.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let (split, data) = load(args, &hub, &tokenizer, &tell)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
-    let scored = |dir: &Path| -> Result<Vec<PairScore>> {
-        let model = Decoder::load(dir, &Device::flex())?;
+    let scored = |found: &Model| -> Result<Vec<PairScore>> {
+        let (model, dir) = (found.load()?, &found.dir);
         check_fit(&data, &model, dir)?;
         let mut done = 0;
         let scores = score(&model, &data, args.batch_size, |rows| {
@@ -78,8 +78,8 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         });
         scores.context("interrupted; nothing was written")
     };
-    let model = scored(&model_dir)?;
-    let reference = reference_dir.as_deref().map(scored).transpose()?;
+    let model = scored(&model)?;
+    let reference = reference.as_ref().map(scored).transpose()?;
     let beta = args.beta.unwrap_or(BETA);
     let metrics = metrics(&model, reference.as_deref(), beta);
     let result = Score {

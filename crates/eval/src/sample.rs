@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::Device;
 use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
-use hub::{Hub, announce};
+use hub::Hub;
 use pref_data::{
     Extras, JsonlAppender, Message, Tokenizer, read_chat_template, read_jsonl, row_id, write_atomic,
     write_jsonl,
 };
 use serde_json::{Value, json};
 
+use crate::models::Model;
 use crate::args::{SampleArgs, template_time};
 
 /// Set by Ctrl-C.
@@ -164,12 +164,12 @@ impl Answers {
 /// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
 pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
     let prompts = read_prompts(&args.prompts)?;
-    let dir = &Hub::from_env().model(&args.model, None, &announce(&|line| tell_line(line)))?;
+    let found = Model::find(&Hub::from_env(), &args.model, &|line| tell_line(line))?;
     let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
-    let tokenizer = Tokenizer::load(dir, template.as_deref(), template_time(args.template_date))?;
+    let tokenizer = Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let sampling = sampling(args)?;
-    let model = Decoder::load(dir, &Device::flex())?;
-    let mut eos = eos_ids(dir)?;
+    let model = found.load()?;
+    let mut eos = eos_ids(found.config_dir())?;
     eos.extend(tokenizer.eos_id());
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
@@ -181,7 +181,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
         requests.push(Request { index, prompt: ids, seed });
     }
     let settings = json!({
-        "model": args.model, "weights": decoder::model_hash(dir)?, "chat_template": tokenizer.template_text(),
+        "model": args.model, "weights": found.hash()?, "chat_template": tokenizer.template_text(),
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
         "seed": args.seed,
     });

@@ -97,9 +97,9 @@ pub fn of_rows(values: &RowValues, tokens: &TokenScores, sides: &[Side], beta: f
     metrics
 }
 
-/// WPO's weight of each pair (arXiv 2406.11827, eq. 2): the product over its completions of
-/// `exp(mean(log p(token) - log Σ p²))`.
-pub fn pair_weights(tokens: &TokenScores, packed: &Packed) -> Vec<f32> {
+/// For both completions of each pair the mean over their tokens of `log p(token) - log Σ p²`
+/// (see [`apo_loss::pair_weights`]).
+pub fn aligned(tokens: &TokenScores, packed: &Packed) -> [Vec<f32>; 2] {
     let mut sums = vec![[0.0_f64; 2]; packed.rows.len()];
     for (i, side) in packed.sides.iter().enumerate() {
         let aligned = f64::from(tokens.logps[i]) - f64::from(tokens.log_squares[i]);
@@ -108,10 +108,10 @@ pub fn pair_weights(tokens: &TokenScores, packed: &Packed) -> Vec<f32> {
         sums[1] += if side.rejected { aligned } else { 0.0 };
     }
     let counts = packed.completion_tokens();
-    let weight = |(sums, counts): (&[f64; 2], &[usize; 2])| {
-        (sums[0] / counts[0].max(1) as f64 + sums[1] / counts[1].max(1) as f64).exp() as f32
-    };
-    sums.iter().zip(&counts).map(weight).collect()
+    [0, 1].map(|side| {
+        let mean = |(sums, counts): (&[f64; 2], &[usize; 2])| sums[side] / counts[side].max(1) as f64;
+        sums.iter().zip(&counts).map(mean).map(|mean| mean as f32).collect()
+    })
 }
 
 /// Token sums of the two sides: a token shared by both completions counts once for each.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use apo_loss::{LabelledLogps, PairLogps, kl_estimate};
+use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_weights};
 use burn::tensor::{Device, Tensor, TensorData};
 use decoder::{Batch, Decoder, TokenScores};
 use fused_ops::sum_into;
@@ -66,7 +66,8 @@ impl Packing {
             None => sum_into(out.logps.clone(), &self.sums, 2 * rows),
             Some(alpha) => {
                 let sums = sum_into(out.logps.clone(), &self.sums, 4 * rows);
-                sums.clone().narrow(0, 0, 2 * rows) + sums.narrow(0, 2 * rows, 2 * rows) * alpha
+                let beyond = sums.clone().narrow(0, 2 * rows, 2 * rows);
+                length_desensitized(sums.narrow(0, 0, 2 * rows), beyond, alpha)
             }
         };
         Scored {
@@ -164,7 +165,10 @@ impl Micro {
             ref_rejected: column(reference, 1, &device),
         };
         let chosen_tokens = packed.completion_tokens().iter().map(|count| count[0]).sum();
-        let weights = loss.use_weighting.then(|| values(metrics::pair_weights(tokens, packed), &device));
+        let weights = loss.use_weighting.then(|| {
+            let [chosen, rejected] = metrics::aligned(tokens, packed).map(|means| values(means, &device));
+            pair_weights(chosen, rejected)
+        });
         let mean = loss.total(&pairs, &self.lengths, chosen_tokens, weights.as_ref());
         let gradients = gradients(model, &mean, scale);
         let values = PairValues {

@@ -1,4 +1,6 @@
-//! Comparisons that need a Python environment with the peers in it.
+//! Comparisons that need a Python environment with the peers in it, or a real model and time.
+
+mod runs;
 
 use std::env;
 use std::ffi::OsString;
@@ -9,9 +11,17 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::{cargo, root};
 
+/// `check losses|resume|peft`: see [`runs`]; the others are here.
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    match args.split_first() {
+        Some((what, rest)) if matches!(what.as_str(), "losses" | "resume" | "peft") => runs::run(what, rest),
+        _ => tokens(args),
+    }
+}
+
 /// `check templates`: chat templates on random conversations, rendered by transformers and by us.
 /// `check tokens`: random preference rows, tokenized by TRL's trainers and by us.
-pub fn run(args: &[String]) -> Result<ExitCode> {
+fn tokens(args: &[String]) -> Result<ExitCode> {
     let [what, flag, venv, directories @ ..] = args else { bail!(USAGE) };
     if flag != "--trl" {
         bail!(USAGE);
@@ -55,4 +65,7 @@ fn python(venv: &Path, script: &str, place: &Path, more: &[OsString]) -> Result<
 }
 
 const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]   *.jinja files; by default those of the trl package\n\
-    cargo xtask check tokens --trl VENV [MODEL_DIR ...]   by default the tokenizers of the fixtures";
+    cargo xtask check tokens --trl VENV [MODEL_DIR ...]   by default the tokenizers of the fixtures\n\
+    cargo xtask check losses --model DIR --dataset D [--steps N] [--max-length N]\n\
+    cargo xtask check resume --model DIR --dataset D [--steps N] [--max-length N] [--kills N]\n\
+    cargo xtask check peft --model DIR --dataset D --peft VENV [--steps N] [--max-length N]";
