@@ -1,18 +1,19 @@
-//! Why anchored losses: fifty gradient steps on one pair whose completions start as likely as under the
-//! reference. DPO only widens the gap; APO-zero raises the winner; APO-down lowers both.
+//! Fifty gradient steps on the log-probabilities of one pair that start at the reference: DPO and APO-zero raise
+//! the winner and lower the loser, APO-down lowers both, the loser more.
 //!
 //! `cargo run -p apo-loss --release --example anchored`
 
 use apo_loss::{Divergence, PairLogps, apo_down, apo_zero, sigmoid};
 use burn::tensor::{Device, Tensor};
 
+type Loss<'a> = &'a dyn Fn(&PairLogps) -> Tensor<1>;
+
 fn main() {
     let beta = 0.1;
     let dpo = |pairs: &PairLogps| sigmoid(&pairs.scores(Divergence::ReverseKl), beta);
     let zero = |pairs: &PairLogps| apo_zero(pairs, beta);
     let down = |pairs: &PairLogps| apo_down(pairs, beta);
-    let losses: [(&str, &dyn Fn(&PairLogps) -> Tensor<1>); 3] =
-        [("sigmoid", &dpo), ("apo_zero", &zero), ("apo_down", &down)];
+    let losses: [(&str, Loss); 3] = [("sigmoid", &dpo), ("apo_zero", &zero), ("apo_down", &down)];
     #[allow(clippy::print_stdout)]
     for (name, loss) in losses {
         let [chosen, rejected] = descend(loss);
@@ -21,7 +22,7 @@ fn main() {
 }
 
 /// Log-ratios of both completions after the steps.
-fn descend(loss: &dyn Fn(&PairLogps) -> Tensor<1>) -> [f32; 2] {
+fn descend(loss: Loss) -> [f32; 2] {
     let device = Device::flex().autodiff();
     let reference = Tensor::<1>::from_floats([-40.0], &device);
     let (mut chosen, mut rejected) = (reference.clone(), reference.clone());

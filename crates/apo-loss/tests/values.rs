@@ -4,8 +4,8 @@
 
 use apo_loss::{
     Divergence, LabelWeights, LabelledLogps, PairLogps, Scores, aot, aot_unpaired, apo_down, apo_zero,
-    apo_zero_unpaired, bco_pair, discopop, exo_pair, hinge, ipo, kl_estimate, kto, nca_pair, rewards, robust,
-    length_desensitized, pair_weights, sft, sigmoid, sigmoid_norm, sppo_hard,
+    apo_zero_unpaired, bco_pair, discopop, exo_pair, hinge, ipo, kl_estimate, kto, length_desensitized,
+    nca_pair, pair_weights, rewards, robust, sft, sigmoid, sigmoid_norm, sppo_hard,
 };
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -253,7 +253,10 @@ fn labelled_completions_have_their_values_in_pytorch() {
 /// ```
 #[test]
 fn weights_of_tokens_and_pairs_have_their_values_in_pytorch() {
-    close(host(length_desensitized(tensor(&[-10.0, -3.0]), tensor(&[-5.0, 0.0]), 0.4).inner()), &[-12.0, -3.0]);
+    close(
+        host(length_desensitized(tensor(&[-10.0, -3.0]), tensor(&[-5.0, 0.0]), 0.4).inner()),
+        &[-12.0, -3.0],
+    );
     let chosen = tensor(&[-0.5, -2.0]).require_grad();
     let weights = pair_weights(chosen.clone(), tensor(&[-0.25, -1.0]));
     close(host(weights.clone().inner()), &[0.472_366_55, 0.049_787_068]);

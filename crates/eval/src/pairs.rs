@@ -11,9 +11,9 @@ use pref_data::{Dataset, Tokenizer, default_cache_dir, read_chat_template, write
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::models::Model;
 use crate::args::{PairsArgs, template_time};
 use crate::bootstrap::{Estimate, mean};
+use crate::models::Model;
 use crate::report;
 use crate::sample::INTERRUPTED;
 use crate::score::{PairScore, score};
@@ -64,7 +64,8 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let model = find(&args.model)?;
     let reference = args.reference.as_deref().map(find).transpose()?;
     let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
-    let tokenizer = Tokenizer::load(model.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
+    let tokenizer =
+        Tokenizer::load(model.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let (split, data) = load(args, &hub, &tokenizer, &tell)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let scored = |found: &Model| -> Result<Vec<PairScore>> {

@@ -14,8 +14,8 @@ use pref_data::{
 };
 use serde_json::{Value, json};
 
-use crate::models::Model;
 use crate::args::{SampleArgs, template_time};
+use crate::models::Model;
 
 /// Set by Ctrl-C.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -166,7 +166,8 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     let prompts = read_prompts(&args.prompts)?;
     let found = Model::find(&Hub::from_env(), &args.model, &|line| tell_line(line))?;
     let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
-    let tokenizer = Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
+    let tokenizer =
+        Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let sampling = sampling(args)?;
     let model = found.load()?;
     let mut eos = eos_ids(found.config_dir())?;

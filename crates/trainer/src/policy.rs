@@ -1,6 +1,6 @@
 //! The model that is trained, and the one it is compared with.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use burn::tensor::Device;
@@ -76,7 +76,7 @@ pub fn write_final(settings: &Settings, model: &Decoder, companions: &Companions
 }
 
 /// Errors where a model directory is only an adapter.
-pub fn check_not_adapter(dir: &PathBuf) -> Result<()> {
+pub fn check_not_adapter(dir: &Path) -> Result<()> {
     if dir.join("adapter_config.json").exists() && !dir.join("config.json").exists() {
         bail!(
             "{}: holds an adapter, not a model; give its base model as --model-name-or-path and this as \

@@ -110,7 +110,7 @@ impl References {
     }
 
     /// Nothing had to be computed.
-    pub fn from_cache(&self) -> bool {
+    pub fn is_cached(&self) -> bool {
         matches!(self, Self::Known { cached: true, .. })
     }
 }

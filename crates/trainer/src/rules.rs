@@ -59,6 +59,11 @@ pub fn check(args: &Args) -> Result<(), String> {
             args.max_steps > 0 && args.num_train_epochs.is_some(),
             "--num-train-epochs has no effect with --max-steps, which overrides it",
         ),
+        (
+            args.max_steps == 0,
+            "--max-steps 0 trains nothing; give a number of steps, or -1 for --num-train-epochs",
+        ),
+        (args.inspect == Some(0), "--inspect 0 prints nothing; give a number of rows"),
         (best && !evaluates, "--load-best-model-at-end and --early-stopping-patience need --eval-strategy"),
         (
             args.load_best_model_at_end && args.save_strategy != args.eval_strategy,

@@ -48,6 +48,13 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let sources: Vec<&Path> = std::iter::once(&model_dir).chain(&reference_dir).map(AsRef::as_ref).collect();
     output::check(settings, &sources, resume.as_deref())?;
     let plan = Plan::new(settings, &data.train);
+    if let Some(sync) = settings.sync_reference.filter(|sync| sync.steps > plan.total) {
+        bail!(
+            "--sync-ref-model has no effect: the run has {} steps, and --ref-model-sync-steps is {}",
+            plan.total,
+            sync.steps
+        );
+    }
 
     let base = Decoder::load(&model_dir, &device)?;
     check_fit(settings, &base, &data)?;
@@ -108,7 +115,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         template_date: tokenizer.asks_for_date().then(|| now.date()),
         memory_plan: memory,
         trained_parameters: model.trained().iter().map(|w| w.shape.iter().product::<usize>()).sum(),
-        reference_from_cache: references.from_cache(),
+        reference_from_cache: references.is_cached(),
         reference_seconds,
         train_seconds: 0.0,
         computed_tokens: 0,

@@ -116,7 +116,7 @@ mod tests {
             records.push(data.to_vec());
             at += 16 + length;
         }
-        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |bytes: &[u8]| bytes.iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
         assert_eq!(records.len(), 3);
         // Behind the nine bytes of the time.
         assert_eq!(hex(&records[2][9..]), "10ac022a130a110a0a747261696e2f6c6f7373150000003f");

@@ -187,13 +187,59 @@ fn flags_without_effect_are_usage_errors() {
         (&["--dataset-shuffle-seed", "1"], "--dataset-shuffle-seed"),
         (&["--test-split-size", "1.5"], "--test-split-size"),
         (&["--columns", "good=chosen"], "no role"),
+        (&["--max-steps", "12", "--num-train-epochs", "1"], "--num-train-epochs has no effect"),
+        (&["--max-steps", "0"], "--max-steps 0"),
+        (&["--inspect", "0"], "--inspect 0"),
+        (&["--optim", "sgd", "--adam-beta1", "0.8"], "--adam-beta1"),
+        (&["--optim", "adafactor", "--adam-beta2", "0.8"], "--adam-beta2"),
+        (&["--optim", "lion", "--adam-epsilon", "1e-6"], "--adam-epsilon"),
+        (&["--eval-strategy", "no", "--per-device-eval-batch-size", "2"], "--eval-steps"),
+        (&["--save-strategy", "epoch", "--eval-strategy", "epoch"], "--eval-steps has no effect"),
+        (&["--loss-type", "kto", "--train-sampling-strategy", "random"], "--train-sampling-strategy"),
+        (&["--loss-type", "kto", "--per-device-train-batch-size", "1"], "--per-device-train-batch-size"),
+        (&["--loss-type", "kto", "sft"], "--loss-type: kto"),
+        (&["--loss-type", "kto", "--loss-weights", "2"], "--loss-weights has no effect"),
+        (&["--loss-type", "kto", "--truncation-mode", "keep_end"], "--truncation-mode"),
+        (&["--loss-type", "kto", "--ld-alpha", "0.5"], "--ld-alpha"),
+        (&["--loss-type", "kto", "--use-weighting"], "--use-weighting"),
+        (&["--loss-type", "aot", "--use-weighting"], "--use-weighting"),
+        (&["--desirable-weight", "2"], "--desirable-weight"),
+        (&["--undesirable-weight", "2"], "--undesirable-weight"),
+        (&["--ref-model-sync-steps", "4"], "--ref-model-sync-steps"),
+        (&["--ref-model-mixup-alpha", "0.4"], "--ref-model-mixup-alpha"),
+        (&["--sync-ref-model", "--precompute-ref-log-probs", "True"], "--precompute-ref-log-probs"),
+        (&["--sync-ref-model", "--use-peft"], "--sync-ref-model"),
+        (&["--precompute-ref-log-probs", "False", "--ref-cache-dir", "x"], "--ref-cache-dir"),
+        (&["--use-peft", "--ref-model-name-or-path", "x"], "--ref-model-name-or-path"),
+        (&["--lora-r", "4"], "--lora-r has no effect"),
+        (&["--lora-alpha", "4"], "--lora-alpha has no effect"),
+        (&["--lora-dropout", "0.1"], "--lora-dropout has no effect"),
+        (&["--lora-target-modules", "all-linear"], "--lora-target-modules has no effect"),
+        (&["--use-rslora"], "--use-rslora has no effect"),
+        (&["--use-dora"], "--use-dora has no effect"),
+        (&["--merge"], "--merge has no effect"),
+        (&["--ref-adapter-path", "x"], "--ref-adapter-path has no effect"),
+        (&["--use-peft", "--lora-dropout", "0.1"], "--disable-dropout False"),
+        (&["--disable-dropout", "False"], "--disable-dropout False has no effect"),
+        (&["--load-best-model-at-end", "--save-steps", "7"], "--save-steps"),
+        (&["--load-best-model-at-end", "--save-strategy", "epoch"], "--save-strategy"),
+        (&["--metric-for-best-model", "loss"], "--metric-for-best-model"),
+        (&["--greater-is-better"], "--greater-is-better"),
+        (&["--early-stopping-threshold", "0.1"], "--early-stopping-threshold"),
+        (&["--report-to", "none", "tensorboard"], "--report-to"),
+        (&["--dtype", "float16"], "--dtype"),
+        (&["--backend", "gpu"], "--backend"),
+        (&["--overwrite-output-dir", "--resume-from-checkpoint", "auto"], "--resume-from-checkpoint"),
         (&["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
     ] {
         let output = run(command(dir.path()).args(flags));
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
         assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     }
-    assert!(!dir.path().join("out").exists(), "nothing half-written");
+    // What only the data can tell.
+    let output = run(command(dir.path()).args(["--sync-ref-model"]));
+    assert!(stderr(&output).contains("--ref-model-sync-steps is 512"), "{}", stderr(&output));
+    assert!(!dir.path().join("out/run.json").exists(), "nothing half-written");
 }
 
 #[test]

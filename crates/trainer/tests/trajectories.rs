@@ -48,9 +48,8 @@ fn tolerance(metric: &str, want: f64) -> Option<f64> {
         // Losses of 50 (ipo, sppo_hard) carry the rounding of 50.
         "loss" => Some(2e-5 * want.abs().max(1.0)),
         "rewards/chosen" | "rewards/rejected" | "rewards/margins" => Some(3e-4),
-        "logps/chosen" | "logps/rejected" => Some(5e-3),
+        "logps/chosen" | "logps/rejected" | "kl" => Some(5e-3),
         "grad_norm" => Some(5e-4 * want.abs()),
-        "kl" => Some(5e-3),
         "entropy" | "logits/chosen" | "logits/rejected" => Some(1e-4),
         // The peer computes the mean of ones and zeros in f32.
         "rewards/accuracies" | "mean_token_accuracy" => Some(1e-7),

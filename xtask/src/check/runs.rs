@@ -134,13 +134,19 @@ fn losses(options: &Options) -> Result<()> {
         let log = options.log(loss, "train_log.jsonl")?;
         ensure!(log.len() == options.steps, "{loss}: {} entries", log.len());
         for entry in &log {
-            let finite = entry.as_object().is_some_and(|entry| entry.values().all(|v| v.as_f64().is_some_and(f64::is_finite)));
+            let finite = entry
+                .as_object()
+                .is_some_and(|entry| entry.values().all(|v| v.as_f64().is_some_and(f64::is_finite)));
             ensure!(finite, "{loss}: {entry}");
         }
         let value = |i: usize| log[i]["loss"].as_f64().unwrap_or(f64::NAN);
         if let Some(theory) = theory {
             let error = (value(0) - theory).abs();
-            ensure!(error <= 2e-5 * theory.max(1.0), "{loss}: the first value is {}, theory says {theory}", value(0));
+            ensure!(
+                error <= 2e-5 * theory.max(1.0),
+                "{loss}: the first value is {}, theory says {theory}",
+                value(0)
+            );
         }
         let theory = theory.map_or("-".into(), |theory| format!("{theory:.6}"));
         report(&format!(
@@ -236,7 +242,8 @@ fn peft(options: &Options) -> Result<()> {
         ("lora", &["--lora-target-modules", "all-linear"][..]),
         ("dora", &["--lora-target-modules", "q_proj", "v_proj", "--use-dora"]),
     ] {
-        let base = ["--model-name-or-path", &model.to_string_lossy(), "--save-strategy", "no"].map(str::to_string);
+        let base =
+            ["--model-name-or-path", &model.to_string_lossy(), "--save-strategy", "no"].map(str::to_string);
         let mut all: Vec<&str> = base.iter().map(String::as_str).collect();
         all.extend(["--loss-type", "apo_zero", "--use-peft", "--lora-r", "8", "--learning-rate", "1e-3"]);
         all.extend(flags);
@@ -250,7 +257,8 @@ fn peft(options: &Options) -> Result<()> {
         python(&[options.dataset.as_ref(), &theirs, &rows, "-".as_ref()])?;
         // And it goes on here.
         let start = theirs.to_string_lossy().into_owned();
-        let more = ["--model-name-or-path", &model.to_string_lossy(), "--save-strategy", "no"].map(str::to_string);
+        let more =
+            ["--model-name-or-path", &model.to_string_lossy(), "--save-strategy", "no"].map(str::to_string);
         let mut again: Vec<&str> = more.iter().map(String::as_str).collect();
         again.extend(["--loss-type", "apo_zero", "--adapter-path", &start]);
         options.must(&format!("{name}-again"), &again)?;

@@ -74,8 +74,11 @@ pub const LLAMA: Names = Names {
     down: "mlp.down_proj",
 };
 
+/// Maps the keys of a family.
+type Family = fn(&Keys) -> Result<Config, Error>;
+
 /// The families, by `model_type`.
-const FAMILIES: [(&str, fn(&Keys) -> Result<Config, Error>); 14] = [
+const FAMILIES: [(&str, Family); 14] = [
     ("gemma", gemma::gemma),
     ("gemma2", gemma::gemma2),
     ("gemma3_text", gemma::gemma3_text),
@@ -96,11 +99,9 @@ const FAMILIES: [(&str, fn(&Keys) -> Result<Config, Error>); 14] = [
 pub fn parse(path: &Path, json: &Value) -> Result<Config, Error> {
     let keys = Keys::new(path, json)?;
     let model_type = keys.text("model_type")?;
-    match FAMILIES.iter().find(|(name, _)| *name == model_type) {
-        Some((_, family)) => family(&keys),
-        None => {
-            let known = FAMILIES.map(|(name, _)| name).join(", ");
-            Err(keys.error(format!("model_type {model_type:?} is not supported; these are: {known}")))
-        }
+    if let Some((_, family)) = FAMILIES.iter().find(|(name, _)| *name == model_type) {
+        return family(&keys);
     }
+    let known = FAMILIES.map(|(name, _)| name).join(", ");
+    Err(keys.error(format!("model_type {model_type:?} is not supported; these are: {known}")))
 }

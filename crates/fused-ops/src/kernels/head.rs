@@ -134,10 +134,10 @@ fn row_gradient(z: &mut [f32], target: usize, lse: f32, g: f32, logits: Logits) 
     let of_target = logits.softcap.map_or(1.0, |cap| softcap_slope(z[target], cap)) * logits.scale;
     wide(
         #[inline(always)]
-        || match logits.softcap {
-            None => z.iter_mut().for_each(|z| *z = -g * exp(*z - lse) * logits.scale),
-            Some(cap) => {
-                z.iter_mut().for_each(|z| *z = -g * exp(*z - lse) * logits.scale * softcap_slope(*z, cap))
+        || {
+            for z in z.iter_mut() {
+                let slope = logits.softcap.map_or(1.0, |cap| softcap_slope(*z, cap));
+                *z = -g * exp(*z - lse) * logits.scale * slope;
             }
         },
     );
