@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
 
-use crate::layout::Spec;
+use crate::layout::{Role, Spec};
 use crate::model::{Decoder, Weight, to_vec};
 use crate::weights::{Files, INDEX, SINGLE, Stored};
 use crate::{Config, Error, arch};
@@ -38,15 +38,21 @@ impl Decoder {
     /// Loads a model directory onto `device`, as `f32`. Every weight of the configuration must be there
     /// with its shape, and nothing else.
     pub fn load(dir: &Path, device: &Device) -> Result<Self, Error> {
-        Self::read(Config::from_file(&dir.join("config.json"))?, dir, device)
+        Self::load_as(dir, device, DType::F32)
+    }
+
+    /// The same with matrices of another type: `BF16` halves the memory of weights that are not trained. Vectors
+    /// and arithmetic stay `f32`.
+    pub fn load_as(dir: &Path, device: &Device, matrices: DType) -> Result<Self, Error> {
+        Self::read(Config::from_file(&dir.join("config.json"))?, dir, device, matrices)
     }
 
     /// A model of the same configuration with the weights in `dir`.
     pub fn with_weights_of(&self, dir: &Path) -> Result<Self, Error> {
-        Self::read(self.config().clone(), dir, &self.device())
+        Self::read(self.config().clone(), dir, &self.device(), DType::F32)
     }
 
-    fn read(config: Config, dir: &Path, device: &Device) -> Result<Self, Error> {
+    fn read(config: Config, dir: &Path, device: &Device, matrices: DType) -> Result<Self, Error> {
         let files = Files::open(dir)?;
         let found = files.tensors(config.names.root)?;
         let wanted = config.weights();
@@ -58,7 +64,9 @@ impl Decoder {
                 let values = read_weight(&spec.name, &spec.shape, stored, dir, files.place())?;
                 let dims = spec.dims();
                 let values = if spec.transposed { transposed(&values, dims[1], dims[0]) } else { values };
-                let tensor = Tensor::from_data(TensorData::new(values, dims), device);
+                let dtype = if spec.role == Role::Vector { DType::F32 } else { matrices };
+                let data = TensorData::new(values, dims).convert_dtype(dtype);
+                let tensor = Tensor::from_data(data, (device, dtype));
                 let stored = stored.dtype().unwrap_or(Dtype::F32);
                 let Spec { name, shape, role, transposed } = spec;
                 Ok(Weight { name, shape, tensor, stored, role, transposed })

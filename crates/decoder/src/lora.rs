@@ -9,7 +9,7 @@ use safetensors::Dtype;
 
 use crate::Decoder;
 use crate::layout::Role;
-use crate::model::{Weight, to_vec};
+use crate::model::{Weight, single, to_vec};
 
 /// Which projections are adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -227,7 +227,7 @@ impl Lora {
         let base = linear(x, weight.clone());
         let Some(magnitude) = adapter.magnitude else { return base + update };
         // The norms are constants of the gradient (section 4.3 of the DoRA paper).
-        let norms = row_norms(&(weight.clone().inner() + self.update(adapter)));
+        let norms = row_norms(&(single(weight.clone().inner()) + self.update(adapter)));
         let norms =
             Tensor::<2>::from_data(TensorData::new(norms, self.tensor(magnitude).dims()), &base.device());
         let factor = self.tensor(magnitude) / norms;
@@ -252,7 +252,7 @@ impl Decoder {
         for (index, adapter) in lora.adapters.iter().enumerate() {
             let Some(adapter) = *adapter else { continue };
             let weight = &mut model.weights_mut()[index];
-            let mut tensor = weight.tensor.clone() + lora.update(adapter);
+            let mut tensor = single(weight.tensor.clone()) + lora.update(adapter);
             if let Some(magnitude) = adapter.magnitude {
                 let norms = row_norms(&tensor);
                 let rows = norms.len();

@@ -1,6 +1,6 @@
 //! The decoder: shared blocks over a flat list of weights.
 
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData, activation};
 use fused_ops::{HeadOutput, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary};
 use safetensors::Dtype;
 
@@ -26,9 +26,9 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// True for biases and norm weights.
-    pub fn is_vector(&self) -> bool {
-        self.shape.len() == 1
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.tensor.dtype().size()
     }
 }
 
@@ -285,7 +285,7 @@ impl Decoder {
     }
 
     fn rows(&self, table: usize, rows: &[u32]) -> Tensor<2> {
-        select(self.weight(table), rows)
+        single(select(self.weight(table), rows))
     }
 
     /// Log-probabilities of the batch's targets, differentiable, with their statistics.
@@ -317,6 +317,11 @@ impl Decoder {
             None => logits,
         }
     }
+}
+
+/// As 32-bit floats.
+pub(crate) fn single(x: Tensor<2>) -> Tensor<2> {
+    if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
 }
 
 fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {

@@ -126,7 +126,7 @@ macro_rules! route {
     }};
 }
 
-/// `x · wᵀ` with the weight as checkpoints hold it.
+/// `x · wᵀ` with the weight as checkpoints hold it. A weight that is not trained may have 16 bits (`BF16`).
 ///
 /// # Shapes
 /// - `x`: `[tokens, in]`, `w`: `[out, in]`; returns `[tokens, out]`.

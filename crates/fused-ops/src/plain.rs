@@ -10,6 +10,7 @@ use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segment, Segm
 
 /// See [`crate::linear`].
 pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    let w = if w.dtype() == x.dtype() { w } else { w.cast(x.dtype()) };
     x.matmul(w.transpose())
 }
 

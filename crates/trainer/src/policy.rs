@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use decoder::{Companions, Decoder, Lora};
 
 use crate::checkpoint;
@@ -26,6 +26,9 @@ impl Reference {
         device: &Device,
     ) -> Result<Self> {
         let mut hash = decoder::model_hash(dir.unwrap_or(model_dir))?;
+        if settings.matrices != DType::F32 {
+            hash.push_str(&settings.dtype);
+        }
         let mut model = match dir {
             Some(dir) => Decoder::load(dir, device)?,
             None => base.clone(),

@@ -37,8 +37,7 @@ impl MemoryPlan {
     /// Weights (a reference that is kept included), gradients of those that are trained, what the optimizer
     /// keeps, and activations of a micro-batch of `tokens`, all in `f32`.
     pub fn new(settings: &Settings, model: &Decoder, tokens: usize) -> Self {
-        let bytes =
-            |weights: &[Weight]| 4 * weights.iter().map(|w| w.shape.iter().product::<usize>()).sum::<usize>();
+        let bytes = |weights: &[Weight]| weights.iter().map(Weight::bytes).sum::<usize>();
         let (all, trained) = (bytes(model.weights()), bytes(model.trained()));
         let adapter = if model.lora().is_some() { trained } else { 0 };
         let second = if settings.live_reference && model.lora().is_none() { all } else { 0 };

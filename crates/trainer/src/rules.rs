@@ -1,6 +1,6 @@
 //! Rules that involve more than one flag: a flag that would do nothing in the run is an error.
 
-use crate::args::{Args, Optimizer, Report, Strategy};
+use crate::args::{Args, Dtype, Optimizer, Report, Strategy};
 use crate::schedule::Scheduler;
 
 /// Errors for the first flag that would do nothing in this run, or contradicts another.
@@ -12,6 +12,10 @@ pub fn check(args: &Args) -> Result<(), String> {
     let live = args.sync_ref_model || args.precompute_ref_log_probs == Some(false);
     let adapter = args.peft.use_peft || args.peft.adapter_path.is_some();
     let rules = [
+        (
+            args.dtype == Dtype::Bfloat16 && !adapter,
+            "--dtype bfloat16 has no effect here without an adapter (--use-peft): weights that are trained are float32",
+        ),
         (
             args.bf16 == Some(true),
             "--bf16 True: mixed precision is not available with this backend; leave it out or give False",

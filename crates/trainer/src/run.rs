@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use burn::tensor::DType;
 use decoder::{Companions, Decoder};
 use hub::{Hub, announce};
 use jiff::civil::DateTime;
@@ -56,7 +57,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         );
     }
 
-    let base = Decoder::load(&model_dir, &device)?;
+    let base = Decoder::load_as(&model_dir, &device, settings.matrices)?;
     check_fit(settings, &base, &data)?;
     let reference = Reference::load(settings, reference_dir.as_deref(), &model_dir, &base, &device)?;
     let data_hash = data.train.hash();
@@ -101,8 +102,12 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         commit: COMMIT,
         device: device_name,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
-        dtype: "float32",
-        dtype_reason: "the only data type of this backend with full training precision",
+        dtype: &settings.dtype,
+        dtype_reason: if settings.matrices == DType::F32 {
+            "full precision: this backend has no faster type for training"
+        } else {
+            "asked for: the base model's matrices; adapter and arithmetic are float32"
+        },
         settings,
         total_steps: plan.total,
         steps_done: state.step,

@@ -19,7 +19,7 @@ pub struct RunInfo<'a> {
     pub commit: &'static str,
     pub device: &'static str,
     pub threads: usize,
-    pub dtype: &'static str,
+    pub dtype: &'a str,
     pub dtype_reason: &'static str,
     pub settings: &'a Settings,
     pub total_steps: usize,

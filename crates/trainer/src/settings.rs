@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::DType;
 use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
-use crate::args::{Args, Backend, Optimizer, Report, Sampling, Strategy};
+use crate::args::{Args, Backend, Dtype, Optimizer, Report, Sampling, Strategy};
 use crate::data::DataSettings;
 use crate::loss::LossSettings;
 use crate::optimizer::Rule;
@@ -73,6 +74,9 @@ pub struct Settings {
     pub live_reference: bool,
     pub sync_reference: Option<SyncReference>,
     pub peft: Option<PeftSettings>,
+    pub dtype: String,
+    #[serde(skip)]
+    pub matrices: DType,
     pub output_dir: PathBuf,
     pub overwrite: bool,
     pub chat_template: Option<String>,
@@ -175,6 +179,8 @@ impl Settings {
                 alpha: args.ref_model_mixup_alpha.unwrap_or(0.6),
             }),
             peft: args.peft.settings()?,
+            dtype: value_name(&args.dtype),
+            matrices: if args.dtype == Dtype::Bfloat16 { DType::BF16 } else { DType::F32 },
             best: best(
                 args.metric_for_best_model.as_deref(),
                 args.greater_is_better,

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use decoder::{Batch, Decoder, Lora};
+use decoder::{Batch, Companions, Decoder, Lora, SaveDtype};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -186,4 +186,51 @@ fn pairs_and_single_completions_train_unpaired_losses_alike() {
     let output = train(dir.path(), &format!("--dataset-name {} --overwrite-output-dir", data.display()));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("completions with labels") && said.contains("kto"), "{said}");
+}
+
+#[test]
+fn a_base_model_of_sixteen_bits_is_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixtures().join("models/tiny-qwen2");
+    let half = dir.path().join("half");
+    fs::create_dir(&half).unwrap();
+    Companions::read(&source).unwrap().write(&half, SaveDtype::Bf16).unwrap();
+    let model = Decoder::load(&source, &burn::tensor::Device::flex()).unwrap();
+    model.save(&half, SaveDtype::Bf16, usize::MAX).unwrap();
+    let run = |dtype: &str, optimizer: &str| {
+        let flags =
+            "--model-name-or-path half --use-peft --lora-target-modules all-linear --overwrite-output-dir";
+        trained(dir.path(), &format!("{flags} {optimizer} --dtype {dtype}"));
+        assert_eq!(info(dir.path())["dtype"], dtype);
+        (log(dir.path(), "train_log.jsonl"), info(dir.path())["memory_plan"]["weights"].as_u64().unwrap())
+    };
+    for optimizer in ["", "--use-dora"] {
+        let ((wide, wide_bytes), (narrow, narrow_bytes)) =
+            (run("float32", optimizer), run("bfloat16", optimizer));
+        assert_eq!(wide, narrow, "no value of the base model needs more bits");
+        assert!(narrow_bytes * 10 < wide_bytes * 7, "{narrow_bytes} of {wide_bytes}");
+    }
+}
+
+#[test]
+fn one_row_four_times_is_four_rows_once_where_every_row_weighs_the_same() {
+    let (one, four) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    // The losses of pairs are means over pairs; a mean over tokens (sft) is not.
+    for loss in ["apo_zero", "apo_down", "sigmoid", "ipo", "nca_pair", "sppo_hard"] {
+        let flags = format!(
+            "--loss-type {loss} --overwrite-output-dir --learning-rate 1e-4 --train-sampling-strategy sequential"
+        );
+        trained(four.path(), &flags);
+        trained(
+            one.path(),
+            &format!("{flags} --per-device-train-batch-size 1 --gradient-accumulation-steps 4"),
+        );
+        let (a, b) = (log(four.path(), "train_log.jsonl"), log(one.path(), "train_log.jsonl"));
+        for (a, b) in a.iter().zip(&b) {
+            for key in ["loss", "grad_norm", "rewards/margins", "logps/chosen"] {
+                let (a, b) = (a[key].as_f64().unwrap(), b[key].as_f64().unwrap());
+                assert!((a - b).abs() < 2e-4 * a.abs().max(1.0), "{loss}: {key} is {a} and {b}");
+            }
+        }
+    }
 }

@@ -5,15 +5,30 @@ use std::sync::Arc;
 use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
+use half::bf16;
+use rayon::prelude::*;
 
 use super::{FusedOps, Three, Two};
 use crate::kernels::attention::Operands;
 use crate::kernels::matrix::{Mat, matmul};
+use crate::kernels::simd::CHUNK;
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
 use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
 
 fn flat(t: &FlexTensor) -> FlexTensor {
     t.to_contiguous()
+}
+
+/// The values of a weight; those of a 16-bit one, which is never trained, are widened into `buffer`.
+fn wide<'a>(weight: &'a FlexTensor, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    if weight.dtype() == DType::F32 {
+        return weight.storage();
+    }
+    let narrow: &[bf16] = weight.storage();
+    *buffer = vec![0.0; narrow.len()];
+    let chunks = buffer.par_chunks_mut(CHUNK).zip(narrow.par_chunks(CHUNK));
+    chunks.for_each(|(wide, narrow)| wide.iter_mut().zip(narrow).for_each(|(w, n)| *w = n.to_f32()));
+    buffer
 }
 
 fn new(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
@@ -36,7 +51,8 @@ impl FusedOps for Flex {
         let ([tokens, inner], [outer, inner_w]) = (dims(&x), dims(&w));
         assert_eq!(inner, inner_w, "linear: x has {inner} features, the weight takes {inner_w}");
         let mut out = vec![0.0; tokens * outer];
-        let (a, b) = (Mat::rows(x.storage(), inner), Mat::rows(w.storage(), inner).t());
+        let mut buffer = Vec::new();
+        let (a, b) = (Mat::rows(x.storage(), inner), Mat::rows(wide(&w, &mut buffer), inner).t());
         matmul(&mut out, false, (tokens, outer, inner), a, b);
         new(out, &[tokens, outer])
     }
@@ -45,7 +61,8 @@ impl FusedOps for Flex {
         let (grad, w) = (flat(&grad), flat(&w));
         let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&w));
         let mut dx = vec![0.0; tokens * inner];
-        let (g, w) = (Mat::rows(grad.storage(), outer), Mat::rows(w.storage(), inner));
+        let mut buffer = Vec::new();
+        let (g, w) = (Mat::rows(grad.storage(), outer), Mat::rows(wide(&w, &mut buffer), inner));
         matmul(&mut dx, false, (tokens, inner, outer), g, w);
         new(dx, &[tokens, inner])
     }
@@ -171,7 +188,8 @@ impl FusedOps for Flex {
         let (hidden, w) = (flat(&hidden), flat(&w));
         let (n, [vocab, dim]) = (targets.len(), dims(&w));
         assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
-        let result = lm_head::forward(hidden.storage(), w.storage(), dim, &targets, logits);
+        let mut buffer = Vec::new();
+        let result = lm_head::forward(hidden.storage(), wide(&w, &mut buffer), dim, &targets, logits);
         (new(result.logps, &[n]), new(result.stats, &[n, 4]), new(result.lse, &[n]))
     }
 
@@ -186,7 +204,8 @@ impl FusedOps for Flex {
     ) -> Two<Self> {
         let (grad, hidden, w) = (flat(&grad), flat(&hidden), flat(&w));
         let dim = dims(&w)[1];
-        let (g, h, weight) = (grad.storage(), hidden.storage(), w.storage());
+        let mut buffer = Vec::new();
+        let (g, h, weight) = (grad.storage(), hidden.storage(), wide(&w, &mut buffer));
         let (dh, dw) = lm_head::backward(g, h, weight, dim, &targets, lse.storage(), logits, of_weight);
         let dw = if of_weight { like(dw, &w) } else { new(dw, &[0, dim]) };
         (like(dh, &hidden), dw)
