@@ -33,7 +33,11 @@ cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--ru
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers
-cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers";
+cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers
+cargo xtask check losses --model DIR --dataset D      a run of every loss: first values, no NaN
+cargo xtask check resume --model DIR --dataset D      random kills: the same weights and logs to the bit
+cargo xtask check peft --model DIR --dataset D --peft VENV                adapters to PEFT and back
+cargo xtask check tensorboard --model DIR --dataset D --tensorboard VENV  events read back";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);

@@ -204,3 +204,33 @@ fn unusable_data_says_what_was_expected() {
         output.status.success() && String::from_utf8_lossy(&output.stdout).contains("left out (unusable): 1")
     );
 }
+
+/// The adapter of the fixtures names its base model relative to the repository.
+#[test]
+fn an_adapter_is_its_base_model_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fixtures().join("..");
+    let run = |model: &Path, out: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eval"));
+        command
+            .current_dir(&root)
+            .args(["pairs", "--dataset", "fixtures/data/clair_mini"])
+            .arg("--model")
+            .arg(model);
+        command.env("XDG_CACHE_HOME", dir.path()).arg("--out").arg(dir.path().join(out)).output().unwrap()
+    };
+    // Its B is zero: it changes nothing.
+    let (base, adapter) =
+        (fixtures().join("models/tiny-qwen2"), fixtures().join("adapters/tiny-qwen2-lora-init"));
+    for (model, out) in [(&base, "base"), (&adapter, "adapter")] {
+        let output = run(model, out);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert_eq!(rows(&dir.path().join("base/rows.jsonl")), rows(&dir.path().join("adapter/rows.jsonl")));
+    let lost = dir.path().join("lost");
+    fs::create_dir(&lost).unwrap();
+    fs::write(lost.join("adapter_config.json"), "{\"base_model_name_or_path\": \"no/such/dir/there\"}")
+        .unwrap();
+    let said = stderr(&run(&lost, "none"));
+    assert!(said.contains("the adapter's base model \"no/such/dir/there\""), "{said}");
+}

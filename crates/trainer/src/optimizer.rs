@@ -215,3 +215,50 @@ fn take(weight: &mut Weight) -> Tensor<2> {
     let device = weight.tensor.device().inner();
     std::mem::replace(&mut weight.tensor, Tensor::zeros([1, 1], &device)).inner()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    /// Three steps of a rule on a vector with a weight decay, against its formula in `f64`.
+    fn check(rule: Rule, formula: impl Fn(&mut [f64; 3], &mut [f64; 3], [f64; 3])) {
+        let device = Device::flex();
+        let options = Options { rule, lr: 0.1, weight_decay: 0.01, max_norm: 0.0, step: 1 };
+        let (mut got, mut slots) = (Tensor::<2>::from_floats([[1.0, -2.0, 3.0]], &device), Vec::new());
+        let (mut want, mut kept) = ([1.0, -2.0, 3.0], [0.0; 3]);
+        for gradient in [[0.5, -1.0, 2.0], [1.0, 1.0, -1.0], [-3.0, 0.25, 0.25]] {
+            let tensor = Tensor::<2>::from_floats([gradient], &device) * 2.0;
+            (got, slots) = update(options, 0.01, got, tensor, slots, 0.5, true);
+            formula(&mut want, &mut kept, gradient);
+        }
+        let got: Vec<f32> = got.into_data().try_into_vec().unwrap();
+        for (got, want) in got.iter().zip(want) {
+            assert!((f64::from(*got) - want).abs() < 1e-6, "{got} is not {want}");
+        }
+    }
+
+    /// `optimizer.py` of lion-pytorch: decay, sign of the interpolation, then the momentum.
+    #[test]
+    fn lion_takes_the_sign_and_decays_apart_from_it() {
+        check(Rule::Lion { betas: [0.9, 0.99] }, |p, m, g| {
+            for i in 0..3 {
+                p[i] *= 1.0 - 0.1 * 0.01;
+                p[i] -= 0.1 * (0.9 * m[i] + 0.1 * g[i]).signum();
+                m[i] = 0.99 * m[i] + 0.01 * g[i];
+            }
+        });
+    }
+
+    #[test]
+    fn sgd_and_rmsprop_decay_through_the_gradient() {
+        check(Rule::Sgd, |p, _, g| (0..3).for_each(|i| p[i] -= 0.1 * (g[i] + 0.01 * p[i])));
+        check(Rule::RmsProp, |p, v, g| {
+            for i in 0..3 {
+                let g = g[i] + 0.01 * p[i];
+                v[i] = 0.99 * v[i] + 0.01 * g * g;
+                p[i] -= 0.1 * g / (v[i].sqrt() + 1e-8);
+            }
+        });
+    }
+}

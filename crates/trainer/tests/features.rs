@@ -120,9 +120,17 @@ fn an_adapter_goes_on_from_its_directory_and_contradictions_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let adapter = fixtures().join("adapters/tiny-qwen2-lora-init");
     let start = format!("--adapter-path {}", adapter.display());
-    trained(dir.path(), &start);
+    trained(dir.path(), &format!("{start} --save-steps 12"));
     assert!(dir.path().join("out/adapter_model.safetensors").exists());
     assert!(!dir.path().join("out/model.safetensors").exists());
+    // The base model's weights have no optimizer state.
+    let state = fs::read(dir.path().join("out/checkpoint-12/optimizer.safetensors")).unwrap();
+    let state = safetensors::SafeTensors::deserialize(&state).unwrap();
+    assert!(
+        !state.is_empty() && state.names().iter().all(|name| name.contains(".lora_")),
+        "{:?}",
+        state.names()
+    );
     let moved = dir.path().join("first");
     fs::rename(dir.path().join("out"), &moved).unwrap();
     // The reference is the model without the adapter, or with the one that is named.

@@ -11,10 +11,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::{cargo, root};
 
-/// `check losses|resume|peft`: see [`runs`]; the others are here.
+/// `check losses|resume|peft|tensorboard`: see [`runs`]; the others are here.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     match args.split_first() {
-        Some((what, rest)) if matches!(what.as_str(), "losses" | "resume" | "peft") => runs::run(what, rest),
+        Some((what, rest)) if matches!(what.as_str(), "losses" | "resume" | "peft" | "tensorboard") => {
+            runs::run(what, rest)
+        }
         _ => tokens(args),
     }
 }
@@ -68,4 +70,5 @@ const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]   *
     cargo xtask check tokens --trl VENV [MODEL_DIR ...]   by default the tokenizers of the fixtures\n\
     cargo xtask check losses --model DIR --dataset D [--steps N] [--max-length N]\n\
     cargo xtask check resume --model DIR --dataset D [--steps N] [--max-length N] [--kills N]\n\
-    cargo xtask check peft --model DIR --dataset D --peft VENV [--steps N] [--max-length N]";
+    cargo xtask check peft --model DIR --dataset D --peft VENV [--steps N] [--max-length N]\n\
+    cargo xtask check tensorboard --model DIR --dataset D --tensorboard VENV";

@@ -30,6 +30,7 @@ pub fn run(what: &str, args: &[String]) -> Result<ExitCode> {
     let done = match what {
         "losses" => losses(&options),
         "resume" => resume(&options),
+        "tensorboard" => tensorboard(&options),
         _ => peft(&options),
     };
     fs::remove_dir_all(&options.place).ok();
@@ -49,13 +50,15 @@ fn parse(what: &str, args: &[String]) -> Result<Options> {
             "--model" => model = Some(value.clone()),
             "--dataset" => dataset = Some(value.clone()),
             "--peft" if what == "peft" => venv = Some(PathBuf::from(value)),
+            "--tensorboard" if what == "tensorboard" => venv = Some(PathBuf::from(value)),
             "--steps" => steps = count()?,
             "--max-length" => max_length = count()?,
             "--kills" if what == "resume" => kills = count()?,
             other => bail!("unknown flag {other}\n{}", super::USAGE),
         }
     }
-    ensure!(what != "peft" || venv.is_some(), "--peft is required\n{}", super::USAGE);
+    let python = matches!(what, "peft" | "tensorboard");
+    ensure!(!python || venv.is_some(), "--{what} is required\n{}", super::USAGE);
     Ok(Options {
         model: model.context("--model is required")?,
         dataset: dataset.context("--dataset is required")?,
@@ -218,6 +221,27 @@ fn resume(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Runs one of the scripts in `fixtures/make`.
+fn python(venv: &Path, script: &str, args: &[&Path]) -> Result<()> {
+    let mut command = Command::new(venv.join("bin/python"));
+    command.arg(root().join("fixtures/make").join(script)).args(args).env("HF_HUB_OFFLINE", "1");
+    ensure!(command.status().context("cannot run Python")?.success(), "the Python side failed");
+    Ok(())
+}
+
+/// `check tensorboard`: the events of a run, of which a part was done again after a resume, are read back.
+fn tensorboard(options: &Options) -> Result<()> {
+    let Some(venv) = &options.venv else { bail!(super::USAGE) };
+    let flags =
+        ["--loss-type", "apo_zero", "--report-to", "tensorboard", "--save-steps", "5", "--eval-strategy"];
+    let flags = [&flags[..], &["steps", "--eval-steps", "4", "--test-split-size", "4"]].concat();
+    options.must("run", &flags)?;
+    let out = options.place.join("run");
+    python(venv, "tensorboard_check.py", &[&out])?;
+    options.must("run", &[&flags[..], &["--resume-from-checkpoint", "auto"]].concat())?;
+    python(venv, "tensorboard_check.py", &[&out])
+}
+
 /// `check peft`: an adapter trained here gives the same log-probabilities under PEFT, and one made there here.
 fn peft(options: &Options) -> Result<()> {
     let Some(venv) = &options.venv else { bail!(super::USAGE) };
@@ -231,12 +255,7 @@ fn peft(options: &Options) -> Result<()> {
         ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         Ok(out.join("rows.jsonl"))
     };
-    let python = |args: &[&Path]| -> Result<()> {
-        let mut command = Command::new(venv.join("bin/python"));
-        command.arg(root().join("fixtures/make/peft_check.py")).args(args).env("HF_HUB_OFFLINE", "1");
-        ensure!(command.status().context("cannot run Python")?.success(), "the Python side failed");
-        Ok(())
-    };
+    let python = |args: &[&Path]| python(venv, "peft_check.py", args);
     let model = fs::canonicalize(&options.model).context("--model must be a directory")?;
     for (name, flags) in [
         ("lora", &["--lora-target-modules", "all-linear"][..]),
