@@ -151,8 +151,14 @@ impl Decoder {
     /// The same weights (shared, not copied) without autodiff and without dropout.
     #[must_use]
     pub fn frozen(&self) -> Self {
-        let mut frozen = self.clone();
+        let mut frozen = self.untracked();
         frozen.dropout = None;
+        frozen
+    }
+
+    /// The same weights without autodiff.
+    pub(crate) fn untracked(&self) -> Self {
+        let mut frozen = self.clone();
         let adapter = frozen.lora.iter_mut().flat_map(Lora::weights_mut);
         for weight in frozen.weights.iter_mut().chain(adapter) {
             weight.tensor = weight.tensor.clone().inner();
@@ -194,31 +200,56 @@ impl Decoder {
         positions: &[u32],
         mut attend: impl FnMut(usize, Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let mut x = scaled(self.rows(self.structure.embedding, tokens), self.config.embedding_scale);
-        let tables = match &self.config.positions {
-            Positions::Learned { offset, .. } => {
-                let rows: Vec<u32> = positions.iter().map(|&p| p + *offset as u32).collect();
-                x = x + self.rows(self.structure.positions.unwrap_or_default(), &rows);
-                Vec::new()
-            }
-            Positions::Rotary(ropes) => {
-                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim)).collect::<Vec<Rotary>>()
-            }
-        };
-        for (layer, block) in self.structure.blocks.iter().enumerate() {
-            let [mut q, mut k, v] = self.qkv(self.norm(x.clone(), block.attention_norm), block);
-            if let Some([q_norm, k_norm]) = block.qk_norm {
-                (q, k) = (self.rms(q, q_norm), self.rms(k, k_norm));
-            }
-            if let Some(rope) = self.config.layers[layer].rope {
-                (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
-            }
-            let attended = self.project(attend(layer, q, k, v), block.out);
-            x = x + scaled(self.norm(attended, block.attention_post_norm), self.config.residual_scale);
-            let inner = self.feed_forward(self.norm(x.clone(), block.mlp_norm), block);
-            x = x + scaled(self.norm(inner, block.mlp_post_norm), self.config.residual_scale);
+        let tables = self.tables(positions);
+        let mut x = self.embed(tokens, positions);
+        for layer in 0..self.structure.blocks.len() {
+            x = self.block(layer, x, &tables, |q, k, v| attend(layer, q, k, v));
         }
         self.norm(x, Some(self.structure.final_norm))
+    }
+
+    /// Input of the first block.
+    pub(crate) fn embed(&self, tokens: &[u32], positions: &[u32]) -> Tensor<2> {
+        let x = scaled(self.rows(self.structure.embedding, tokens), self.config.embedding_scale);
+        match (&self.config.positions, self.structure.positions) {
+            (Positions::Learned { offset, .. }, Some(table)) => {
+                let rows: Vec<u32> = positions.iter().map(|&p| p + *offset as u32).collect();
+                x + self.rows(table, &rows)
+            }
+            _ => x,
+        }
+    }
+
+    /// Angles of the rotary embeddings.
+    pub(crate) fn tables(&self, positions: &[u32]) -> Vec<Rotary> {
+        match &self.config.positions {
+            Positions::Learned { .. } => Vec::new(),
+            Positions::Rotary(ropes) => {
+                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim)).collect()
+            }
+        }
+    }
+
+    /// One block.
+    pub(crate) fn block(
+        &self,
+        layer: usize,
+        x: Tensor<2>,
+        tables: &[Rotary],
+        attend: impl FnOnce(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
+    ) -> Tensor<2> {
+        let block = &self.structure.blocks[layer];
+        let [mut q, mut k, v] = self.qkv(self.norm(x.clone(), block.attention_norm), block);
+        if let Some([q_norm, k_norm]) = block.qk_norm {
+            (q, k) = (self.rms(q, q_norm), self.rms(k, k_norm));
+        }
+        if let Some(rope) = self.config.layers[layer].rope {
+            (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
+        }
+        let attended = self.project(attend(q, k, v), block.out);
+        let x = x + scaled(self.norm(attended, block.attention_post_norm), self.config.residual_scale);
+        let inner = self.feed_forward(self.norm(x.clone(), block.mlp_norm), block);
+        x + scaled(self.norm(inner, block.mlp_post_norm), self.config.residual_scale)
     }
 
     fn qkv(&self, x: Tensor<2>, block: &Block) -> [Tensor<2>; 3] {
@@ -293,13 +324,17 @@ impl Decoder {
     /// # Shapes
     /// One value for each entry of `batch.predictors`.
     pub fn score(&self, batch: &Batch) -> HeadOutput {
-        let hidden = self.forward(batch);
-        head(
-            select(hidden, &batch.predictors),
-            self.weight(self.structure.head),
-            &batch.targets,
-            self.config.logits,
-        )
+        self.head(self.forward(batch), batch)
+    }
+
+    fn head(&self, hidden: Tensor<2>, batch: &Batch) -> HeadOutput {
+        let (rows, weight) = (select(hidden, &batch.predictors), self.weight(self.structure.head));
+        head(rows, weight, &batch.targets, self.config.logits)
+    }
+
+    /// Final norm and head on what the last block returns.
+    pub(crate) fn finish(&self, x: Tensor<2>, batch: &Batch) -> HeadOutput {
+        self.head(self.norm(x, Some(self.structure.final_norm)), batch)
     }
 
     /// [`Decoder::score`] read back to the host, without autodiff.

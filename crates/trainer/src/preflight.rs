@@ -48,7 +48,13 @@ impl MemoryPlan {
             Mlp::Gated(_) => 3 * config.intermediate,
             Mlp::Plain(_) | Mlp::Relu => 2 * config.intermediate,
         };
-        let per_token = config.layers.len() * (5 * hidden + 2 * attention + inner) + 4 * hidden;
+        let block = 5 * hidden + 2 * attention + inner;
+        let per_token = if settings.gradient_checkpointing {
+            // The inputs of all blocks, and one block with its gradients.
+            config.layers.len() * hidden + 2 * block + 4 * hidden
+        } else {
+            config.layers.len() * block + 4 * hidden
+        };
         // Frozen heads have no gradient.
         let head_gradient = if model.lora().is_some() { 0 } else { 4 * 2 * config.vocab * hidden };
         let rows = if settings.loss.needs_mismatched() { 2 } else { 1 };

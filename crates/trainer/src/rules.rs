@@ -21,10 +21,6 @@ pub fn check(args: &Args) -> Result<(), String> {
             "--bf16 True: mixed precision is not available with this backend; leave it out or give False",
         ),
         (
-            args.gradient_checkpointing == Some(true),
-            "--gradient-checkpointing True is not available yet; leave it out or give False",
-        ),
-        (
             args.sync_ref_model && args.precompute_ref_log_probs == Some(true),
             "--precompute-ref-log-probs and --sync-ref-model contradict each other: the reference moves",
         ),

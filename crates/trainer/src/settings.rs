@@ -75,6 +75,7 @@ pub struct Settings {
     pub sync_reference: Option<SyncReference>,
     pub peft: Option<PeftSettings>,
     pub dtype: String,
+    pub gradient_checkpointing: bool,
     #[serde(skip)]
     pub matrices: DType,
     pub output_dir: PathBuf,
@@ -180,6 +181,7 @@ impl Settings {
             }),
             peft: args.peft.settings()?,
             dtype: value_name(&args.dtype),
+            gradient_checkpointing: args.gradient_checkpointing,
             matrices: if args.dtype == Dtype::Bfloat16 { DType::BF16 } else { DType::F32 },
             best: best(
                 args.metric_for_best_model.as_deref(),

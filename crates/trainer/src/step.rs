@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_weights};
 use burn::tensor::{Device, Tensor, TensorData};
-use decoder::{Batch, Decoder, TokenScores};
-use fused_ops::sum_into;
+use decoder::{Batch, Decoder, Recompute, TokenScores};
+use fused_ops::{HeadOutput, sum_into};
 use pref_data::{Dataset, Packed, PairTokens, kl_rows};
 
 use crate::loss::LossSettings;
@@ -34,6 +34,15 @@ impl Scoring {
     }
 }
 
+/// How gradients are computed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backward {
+    /// Factor of the loss.
+    pub scale: f64,
+    /// Blocks are computed again instead of kept.
+    pub recompute: bool,
+}
+
 /// Packed sequences and how their tokens are summed.
 struct Packing {
     packed: Packed,
@@ -48,6 +57,7 @@ struct Scored {
     rejected: Tensor<1>,
     tokens: Tensor<1>,
     stats: Tensor<2>,
+    recompute: Option<Recompute>,
 }
 
 impl Packing {
@@ -60,7 +70,16 @@ impl Packing {
     }
 
     fn score(&self, model: &Decoder) -> Scored {
-        let out = model.score(&self.batch);
+        self.sum(model.score(&self.batch), None)
+    }
+
+    /// The same, keeping only the inputs of the blocks for the backward pass.
+    fn score_recomputing(&self, model: &Decoder) -> Scored {
+        let (out, kept) = model.score_recomputing(&self.batch);
+        self.sum(out, Some(kept))
+    }
+
+    fn sum(&self, out: HeadOutput, recompute: Option<Recompute>) -> Scored {
         let rows = self.packed.rows.len();
         let sums = match self.ld_alpha {
             None => sum_into(out.logps.clone(), &self.sums, 2 * rows),
@@ -75,6 +94,7 @@ impl Packing {
             rejected: sums.narrow(0, rows, rows),
             tokens: out.logps.inner(),
             stats: out.stats,
+            recompute,
         }
     }
 }
@@ -128,22 +148,25 @@ impl Micro {
         host(scored.chosen).into_iter().zip(host(second)).map(|(a, b)| [a, b]).collect()
     }
 
-    /// Loss and metrics; with a tracked model also the gradient of `loss · scale`, one a trained weight.
+    /// Loss and metrics; with a tracked model also the gradients, one a trained weight.
     pub fn run(
         &self,
         model: &Decoder,
         loss: &LossSettings,
         reference: &[RefLogps],
-        scale: Option<f64>,
+        backward: Option<Backward>,
     ) -> (Metrics, Vec<Option<Tensor<2>>>) {
         // Without gradient and before the graph of the other rows exists.
         let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
-        let scored = self.own.score(model);
+        let scored = match backward {
+            Some(Backward { recompute: true, .. }) => self.own.score_recomputing(model),
+            _ => self.own.score(model),
+        };
         let tokens = TokenScores::new(host(scored.tokens.clone()), &host(scored.stats.clone()));
         if self.labels.is_empty() {
-            self.pairs(model, loss, reference, scale, scored, &tokens)
+            self.pairs(model, loss, reference, backward, scored, &tokens)
         } else {
-            self.rows(model, loss, reference, scale, scored, mismatched, &tokens)
+            self.rows(model, loss, reference, backward, scored, mismatched, &tokens)
         }
     }
 
@@ -152,7 +175,7 @@ impl Micro {
         model: &Decoder,
         loss: &LossSettings,
         reference: &[RefLogps],
-        scale: Option<f64>,
+        backward: Option<Backward>,
         scored: Scored,
         tokens: &TokenScores,
     ) -> (Metrics, Vec<Option<Tensor<2>>>) {
@@ -170,7 +193,7 @@ impl Micro {
             pair_weights(chosen, rejected)
         });
         let mean = loss.total(&pairs, &self.lengths, chosen_tokens, weights.as_ref());
-        let gradients = gradients(model, &mean, scale);
+        let gradients = gradients(model, &mean, backward, scored.recompute);
         let values = PairValues {
             loss: f64::from(host(mean.inner())[0]),
             chosen: host(pairs.chosen.inner()),
@@ -185,7 +208,7 @@ impl Micro {
         model: &Decoder,
         loss: &LossSettings,
         reference: &[RefLogps],
-        scale: Option<f64>,
+        backward: Option<Backward>,
         scored: Scored,
         mismatched: Option<Tensor<1>>,
         tokens: &TokenScores,
@@ -205,7 +228,7 @@ impl Micro {
             None => Tensor::zeros([1], &device),
         };
         let mean = loss.unpaired(&rows, kl.clone());
-        let gradients = gradients(model, &mean, scale);
+        let gradients = gradients(model, &mean, backward, scored.recompute);
         let values = RowValues {
             loss: f64::from(host(mean.inner())[0]),
             kl: f64::from(host(kl)[0]),
@@ -225,11 +248,13 @@ fn mismatched(data: &Dataset, row: usize, batch: usize) -> PairTokens {
     data.mismatched(row, of)
 }
 
-fn gradients(model: &Decoder, mean: &Tensor<1>, scale: Option<f64>) -> Vec<Option<Tensor<2>>> {
-    scale.map_or_else(Vec::new, |scale| {
-        let mut gradients = (mean.clone() * scale).backward();
-        model.trained().iter().map(|weight| weight.tensor.grad_remove(&mut gradients)).collect()
-    })
+fn gradients(
+    model: &Decoder,
+    mean: &Tensor<1>,
+    backward: Option<Backward>,
+    recompute: Option<Recompute>,
+) -> Vec<Option<Tensor<2>>> {
+    backward.map_or_else(Vec::new, |backward| model.gradients(mean.clone() * backward.scale, recompute))
 }
 
 fn values(values: Vec<f32>, device: &Device) -> Tensor<1> {

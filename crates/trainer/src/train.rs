@@ -21,7 +21,7 @@ use crate::references::{References, Split};
 use crate::run::say;
 use crate::schedule;
 use crate::settings::{Every, Settings};
-use crate::step::Micro;
+use crate::step::{Backward, Micro};
 
 /// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -116,7 +116,9 @@ impl Training<'_> {
             let micro = Micro::new(&self.data.train, rows, self.settings.scoring());
             let reference = self.references.of(Split::Train, rows, &micro);
             self.model.set_dropout(dropout_seed(self.settings.seed, self.state.step, i));
-            let (metrics, gradients) = micro.run(&self.model, &self.settings.loss, &reference, Some(scale));
+            let backward = Backward { scale, recompute: self.settings.gradient_checkpointing };
+            let (metrics, gradients) =
+                micro.run(&self.model, &self.settings.loss, &reference, Some(backward));
             let loss = metrics[0].1;
             if !loss.is_finite() {
                 bail!(self.diverged("loss", loss, std::slice::from_ref(rows)));

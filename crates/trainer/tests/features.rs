@@ -242,3 +242,19 @@ fn one_row_four_times_is_four_rows_once_where_every_row_weighs_the_same() {
         }
     }
 }
+
+#[test]
+fn blocks_computed_again_give_the_same_run_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    for flags in [
+        "",
+        "--loss-type kto",
+        "--use-peft --lora-target-modules all-linear --lora-dropout 0.2 --disable-dropout False",
+    ] {
+        let run = |more: &str| {
+            trained(dir.path(), &format!("{flags} {more} --overwrite-output-dir"));
+            log(dir.path(), "train_log.jsonl")
+        };
+        assert_eq!(run(""), run("--gradient-checkpointing"), "{flags}");
+    }
+}

@@ -167,7 +167,6 @@ fn flags_without_effect_are_usage_errors() {
     let dir = tempfile::tempdir().unwrap();
     for (flags, says) in [
         (&["--bf16", "True"][..], "--bf16"),
-        (&["--gradient_checkpointing"], "--gradient-checkpointing"),
         (&["--eval-strategy", "no"], "--eval-steps"),
         (&["--save-strategy", "no"], "--save-steps"),
         (&["--lr-scheduler-type", "constant", "--warmup-steps", "3"], "--warmup-steps"),

@@ -1,0 +1,86 @@
+//! Scoring that keeps only each block's input and computes the block again when its gradient is needed (Chen et
+//! al., arXiv 1604.06174): a chain of tapes, one for the head, one for each block, one for the embedding.
+
+use std::sync::Arc;
+
+use burn::tensor::{Gradients, Tensor};
+use fused_ops::{HeadOutput, Rotary, Segments, attention};
+
+use crate::{Batch, Decoder};
+
+/// What the backward pass needs.
+pub struct Recompute {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    segments: Arc<Segments>,
+    tables: Vec<Rotary>,
+    /// Input of each block, without autodiff.
+    inputs: Vec<Tensor<2>>,
+    /// What the last block returned: the leaf of the head's tape.
+    last: Tensor<2>,
+}
+
+impl Decoder {
+    /// [`Decoder::score`] of a tracked model with little memory: the same values and, from
+    /// [`Decoder::gradients`], the same gradients to the bit.
+    pub fn score_recomputing(&self, batch: &Batch) -> (HeadOutput, Recompute) {
+        let model = self.untracked();
+        let tables = model.tables(&batch.positions);
+        let mut x = model.embed(&batch.tokens, &batch.positions);
+        let mut inputs = Vec::with_capacity(self.config().layers.len());
+        for layer in 0..self.config().layers.len() {
+            inputs.push(x.clone());
+            x = model.seen(layer, x, &tables, &batch.segments);
+        }
+        let last = x.autodiff().require_grad();
+        let out = self.finish(last.clone(), batch);
+        let (tokens, positions) = (batch.tokens.clone(), batch.positions.clone());
+        (out, Recompute { tokens, positions, segments: batch.segments.clone(), tables, inputs, last })
+    }
+
+    fn seen(&self, layer: usize, x: Tensor<2>, tables: &[Rotary], segments: &Arc<Segments>) -> Tensor<2> {
+        self.block(layer, x, tables, |q, k, v| {
+            attention(q, k, v, segments, self.config().heads, self.config().scores(layer))
+        })
+    }
+
+    /// Gradients of the trained weights, of a loss on [`Decoder::score`]. With `recompute`, of one on
+    /// [`Decoder::score_recomputing`].
+    pub fn gradients(&self, loss: Tensor<1>, recompute: Option<Recompute>) -> Vec<Option<Tensor<2>>> {
+        let mut gradients = loss.backward();
+        let mut totals: Vec<Option<Tensor<2>>> = vec![None; self.trained().len()];
+        self.collect(&mut totals, &mut gradients);
+        let Some(mut kept) = recompute else { return totals };
+        let Some(mut gradient) = kept.last.grad_remove(&mut gradients) else { return totals };
+        for layer in (0..self.config().layers.len()).rev() {
+            let Some(input) = kept.inputs.pop() else { break };
+            let x = input.autodiff().require_grad();
+            let out = self.seen(layer, x.clone(), &kept.tables, &kept.segments);
+            let mut gradients = pull(out, gradient);
+            self.collect(&mut totals, &mut gradients);
+            let Some(next) = x.grad_remove(&mut gradients) else { return totals };
+            gradient = next;
+        }
+        // An adapter has nothing before the first block.
+        if self.lora().is_none() {
+            let mut gradients = pull(self.embed(&kept.tokens, &kept.positions), gradient);
+            self.collect(&mut totals, &mut gradients);
+        }
+        totals
+    }
+
+    /// Adds what a tape found; a tied embedding is in two of them.
+    fn collect(&self, totals: &mut [Option<Tensor<2>>], gradients: &mut Gradients) {
+        for (total, weight) in totals.iter_mut().zip(self.trained()) {
+            *total = match (total.take(), weight.tensor.grad_remove(gradients)) {
+                (Some(total), Some(gradient)) => Some(total + gradient),
+                (total, gradient) => total.or(gradient),
+            };
+        }
+    }
+}
+
+/// Gradients of a tape whose output has this gradient.
+fn pull(out: Tensor<2>, gradient: Tensor<2>) -> Gradients {
+    (out * Tensor::from_inner(gradient)).sum().backward()
+}
