@@ -263,3 +263,19 @@ fn weights_of_tokens_and_pairs_have_their_values_in_pytorch() {
     let gradients = (weights * chosen.clone()).sum().backward();
     close(host(chosen.grad(&gradients).unwrap()), &[0.472_366_55, 0.049_787_068]);
 }
+
+#[test]
+fn extreme_labelled_completions_give_finite_losses_and_gradients() {
+    let rows = LabelledLogps {
+        logps: tensor(&[-3000.0, -2500.0, -3000.0, -2500.0]).require_grad(),
+        ref_logps: tensor(&[-2500.0, -3000.0, -2500.0, -3000.0]),
+        labels: tensor(&[1.0, 1.0, 0.0, 0.0]),
+    };
+    for kl in [0.0, 500.0] {
+        let loss = kto(&rows, tensor(&[kl]), 0.5, LabelWeights::default());
+        let grads = loss.clone().sum().backward();
+        for values in [host(loss), host(rows.logps.grad(&grads).unwrap())] {
+            assert!(values.iter().all(|v| v.is_finite()), "{values:?}");
+        }
+    }
+}
