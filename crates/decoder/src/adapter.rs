@@ -68,8 +68,9 @@ impl Lora {
             }
             let [out, inner] = weight.tensor.dims();
             let rank = a.shape().first().copied().unwrap_or(0);
-            if rank == 0 {
-                return Err(wrong(format!("{} has rank 0", name("lora_A.weight"))));
+            if rank != lora.settings().rank {
+                let r = lora.settings().rank;
+                return Err(wrong(format!("{} has rank {rank}, {CONFIG} says {r}", name("lora_A.weight"))));
             }
             let read = |part: &str, stored: &Stored, shape: &[usize]| {
                 read_weight(&name(part), shape, stored, dir, files.place())
@@ -155,13 +156,25 @@ fn settings(path: &Path, config: &Value) -> Result<LoraSettings, Error> {
     if get("bias").and_then(Value::as_str).is_some_and(|bias| bias != "none") {
         return Err(wrong(format!("bias = {} is not supported (only \"none\")", map["bias"])));
     }
+    // These change the base model's weights when PEFT loads the adapter.
+    let init = get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
+    if ["pissa", "olora", "corda", "loftq", "lora_ga"].iter().any(|kind| init.starts_with(kind)) {
+        return Err(wrong(format!(
+            "init_lora_weights = {init:?} changes the base model; convert the adapter with PEFT's \
+             path_initial_model_for_weight_conversion first"
+        )));
+    }
     let number = |key: &str| {
         get(key).and_then(Value::as_f64).ok_or_else(|| wrong(format!("{key} is missing or not a number")))
     };
     let flag = |key: &str| get(key).and_then(Value::as_bool).unwrap_or(false);
+    let (rank, alpha) = (number("r")? as usize, number("lora_alpha")?);
+    if rank == 0 || !(alpha as f32).is_finite() {
+        return Err(wrong(format!("r = {rank} with lora_alpha = {alpha} is not an adapter")));
+    }
     Ok(LoraSettings {
-        rank: number("r")? as usize,
-        alpha: number("lora_alpha")?,
+        rank,
+        alpha,
         rank_stabilized: flag("use_rslora"),
         dora: flag("use_dora"),
         dropout: number("lora_dropout").unwrap_or(0.0),

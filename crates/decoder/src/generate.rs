@@ -80,6 +80,8 @@ impl Cache {
 struct Plan {
     writes: Vec<(usize, usize)>,
     segments: Arc<Segments>,
+    /// Each token is of a sequence of its own.
+    alone: bool,
 }
 
 /// Completes requests, several at a time.
@@ -167,7 +169,7 @@ impl Generator {
         let (len, base) = (request.prompt.len(), slot * self.capacity);
         let mut segments = Segments::default();
         segments.push(Segment { query: 0, len, prefix: base, prefix_len: 0, own: base });
-        let plan = Plan { writes: vec![(base, len)], segments: Arc::new(segments) };
+        let plan = Plan { writes: vec![(base, len)], segments: Arc::new(segments), alone: false };
         let positions: Vec<u32> = (0..len as u32).collect();
         let mut rng = ChaCha8Rng::seed_from_u64(request.seed);
         let logits = self.logits(&request.prompt, &positions, &[len as u32 - 1], &plan, cache);
@@ -189,7 +191,7 @@ impl Generator {
             positions.push(seen as u32);
             ids.push(sequence.next);
         }
-        let plan = Plan { writes, segments: Arc::new(segments) };
+        let plan = Plan { writes, segments: Arc::new(segments), alone: true };
         let rows: Vec<u32> = (0..active.len() as u32).collect();
         let logits = self.logits(&ids, &positions, &rows, &plan, cache);
         let vocab = logits.len() / active.len();
@@ -207,7 +209,7 @@ impl Generator {
         cache: &mut Cache,
     ) -> Vec<f32> {
         let attend = |layer, q, k, v| cache.attend(&self.model, layer, [q, k, v], plan);
-        let hidden = self.model.run(ids, positions, attend);
+        let hidden = self.model.run(ids, positions, plan.alone, attend);
         to_vec(self.model.logits(hidden, rows))
     }
 }

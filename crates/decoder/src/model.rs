@@ -188,19 +188,21 @@ impl Decoder {
     /// # Shapes
     /// Returns `[tokens, hidden]`.
     pub fn forward(&self, batch: &Batch) -> Tensor<2> {
-        self.run(&batch.tokens, &batch.positions, |layer, q, k, v| {
+        self.run(&batch.tokens, &batch.positions, false, |layer, q, k, v| {
             attention(q, k, v, &batch.segments, self.config.heads, self.config.scores(layer))
         })
     }
 
-    /// The blocks, with attention left to the caller: `attend(layer, q, k, v)`.
+    /// The blocks, with attention left to the caller: `attend(layer, q, k, v)`. `alone` says that each token is of
+    /// a sequence of its own.
     pub(crate) fn run(
         &self,
         tokens: &[u32],
         positions: &[u32],
+        alone: bool,
         mut attend: impl FnMut(usize, Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let tables = self.tables(positions);
+        let tables = self.tables(positions, alone);
         let mut x = self.embed(tokens, positions);
         for layer in 0..self.structure.blocks.len() {
             x = self.block(layer, x, &tables, |q, k, v| attend(layer, q, k, v));
@@ -221,11 +223,11 @@ impl Decoder {
     }
 
     /// Angles of the rotary embeddings.
-    pub(crate) fn tables(&self, positions: &[u32]) -> Vec<Rotary> {
+    pub(crate) fn tables(&self, positions: &[u32], alone: bool) -> Vec<Rotary> {
         match &self.config.positions {
             Positions::Learned { .. } => Vec::new(),
             Positions::Rotary(ropes) => {
-                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim)).collect()
+                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim, alone)).collect()
             }
         }
     }

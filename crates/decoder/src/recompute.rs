@@ -25,7 +25,7 @@ impl Decoder {
     /// [`Decoder::gradients`], the same gradients to the bit.
     pub fn score_recomputing(&self, batch: &Batch) -> (HeadOutput, Recompute) {
         let model = self.untracked();
-        let tables = model.tables(&batch.positions);
+        let tables = model.tables(&batch.positions, false);
         let mut x = model.embed(&batch.tokens, &batch.positions);
         let mut inputs = Vec::with_capacity(self.config().layers.len());
         for layer in 0..self.config().layers.len() {

@@ -28,8 +28,7 @@ pub enum RopeKind {
         /// Divisor.
         factor: f64,
     },
-    /// NTK: a larger base for batches longer than the model was made for (of its longest sequence, as
-    /// transformers decides it).
+    /// NTK: a larger base for sequences longer than the model was made for.
     Dynamic {
         /// Stretch.
         factor: f64,
@@ -74,7 +73,7 @@ pub fn yarn_ramp(fast: f64, slow: f64, dim: usize, theta: f64, original: f64, tr
 }
 
 impl Rope {
-    /// Angles per position, for a batch whose longest sequence has `length` tokens. In `f32`, as transformers
+    /// Angles per position, for a row whose longest sequence has `length` tokens. In `f32`, as transformers
     /// computes them.
     fn frequencies(&self, length: usize) -> Vec<f32> {
         let plain = |theta: f64| -> Vec<f32> {
@@ -121,13 +120,25 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of the given positions for heads of `dim` features.
-    pub fn table(&self, positions: &[u32], dim: usize) -> Rotary {
-        let length = positions.iter().max().map_or(0, |&last| last as usize + 1);
-        let frequencies = self.frequencies(length);
-        let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f32 * f));
-        let scaled = |a: f32| (a.cos() * self.attention_factor, a.sin() * self.attention_factor);
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(scaled).unzip();
+    /// Cosines and sines of the given positions for heads of `dim` features. Frequencies that depend on the length
+    /// are those of a packed row alone (or, where `alone`, of each token as the last of its sequence), never of
+    /// what is batched with it.
+    pub fn table(&self, positions: &[u32], dim: usize, alone: bool) -> Rotary {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let mut at = 0;
+        while at < positions.len() {
+            let rest = &positions[at + 1..];
+            let next = if alone { 0 } else { rest.iter().position(|&p| p == 0).unwrap_or(rest.len()) };
+            let row = &positions[at..=at + next];
+            let length = row.iter().max().map_or(0, |&last| last as usize + 1);
+            let frequencies = self.frequencies(length);
+            for (&position, frequency) in row.iter().flat_map(|p| frequencies.iter().map(move |f| (p, f))) {
+                let angle = position as f32 * frequency;
+                cos.push(angle.cos() * self.attention_factor);
+                sin.push(angle.sin() * self.attention_factor);
+            }
+            at += row.len();
+        }
         Rotary { cos: Arc::from(cos), sin: Arc::from(sin), half: self.dim / 2, dim }
     }
 }

@@ -178,7 +178,7 @@ fn names(dir: &Path, single: &str, index: &str) -> Result<Vec<String>, Error> {
 pub fn model_hash(dir: &Path) -> Result<String, Error> {
     let is_part = |path: &PathBuf| {
         path.extension().is_some_and(|e| e == "safetensors" || e == "bin")
-            || path.file_name().is_some_and(|name| name == "config.json")
+            || path.file_name().is_some_and(|name| name == "config.json" || name == "adapter_config.json")
     };
     let entries = std::fs::read_dir(dir).map_err(Error::io(dir))?;
     let mut files: Vec<PathBuf> =

@@ -1,5 +1,7 @@
 //! The best evaluation: which it is, when to stop waiting for a better one, and going back to it.
 
+use std::path::Path;
+
 use anyhow::{Result, anyhow};
 use decoder::{Decoder, Lora};
 use serde_json::{Map, Value};
@@ -35,10 +37,13 @@ pub fn judge(
             known.join(", ")
         )
     })?;
-    let gain = state.best.map(|old| if best.greater { value - old.value } else { old.value - value });
-    let counts = gain.is_none_or(|gain| gain > best.threshold);
+    let gain = |old: f64| if best.greater { value - old } else { old - value };
+    let counts = state.best_seen.is_none_or(|old| gain(old) > best.threshold);
     state.stale = if counts { 0 } else { state.stale + 1 };
-    if gain.is_none_or(|gain| gain > 0.0) && (saved || !best.load) {
+    if state.best_seen.is_none_or(|old| gain(old) > 0.0) {
+        state.best_seen = Some(value);
+    }
+    if state.best.is_none_or(|old| gain(old.value) > 0.0) && (saved || !best.load) {
         state.best = Some(BestSoFar { value, step: state.step });
     }
     let stop = best.patience.is_some_and(|patience| state.stale >= patience);
@@ -46,23 +51,32 @@ pub fn judge(
 }
 
 /// Puts the weights of the best checkpoint into the model, unless it holds them already; tells what was done.
-pub fn load(settings: &Settings, state: &State, model: &mut Decoder) -> Result<Option<String>> {
-    let (Some(best), Some(found)) = (settings.best.as_ref().filter(|best| best.load), state.best) else {
-        return Ok(None);
-    };
+/// A checkpoint that is not whole is told of, and the last weights are kept.
+pub fn load(settings: &Settings, state: &State, model: &mut Decoder) -> Option<String> {
+    let best = settings.best.as_ref().filter(|best| best.load)?;
+    let found = state.best?;
     let text = format!("best checkpoint: step {} with {} {:.6}", found.step, best.metric, found.value);
     if found.step == state.step {
-        return Ok(Some(text));
+        return Some(text);
     }
     let dir = settings.output_dir.join(format!("checkpoint-{}", found.step));
-    crate::checksums::verify(&dir)?;
-    let old = model.frozen();
-    *model = match old.lora() {
-        Some(_) => {
-            let lora = Lora::load(&dir, &old)?;
-            old.with_lora(Some(lora))
+    match read(&dir, model) {
+        Ok(loaded) => {
+            *model = loaded;
+            Some(text)
         }
-        None => Decoder::load(&dir, &old.device())?,
-    };
-    Ok(Some(text))
+        Err(error) => {
+            Some(format!("WARNING: {text}, but {error:#}; the weights of the last step are kept instead"))
+        }
+    }
+}
+
+fn read(dir: &Path, model: &Decoder) -> Result<Decoder> {
+    crate::checksums::verify(dir)?;
+    let old = model.frozen();
+    if old.lora().is_none() {
+        return Ok(Decoder::load(dir, &old.device())?);
+    }
+    let lora = Lora::load(dir, &old)?;
+    Ok(old.with_lora(Some(lora)))
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::path::Path;
 
 use anyhow::Result;
 use pref_data::{read_jsonl, write_atomic};
@@ -47,10 +48,20 @@ fn card(info: &RunInfo) -> String {
 }
 
 fn header(s: &Settings, adapter: bool) -> String {
-    let mut header = format!("---\nbase_model: {}\n", quoted(&s.model));
+    // The Hub takes its own ids alone.
+    let on_hub = |name: &str| !Path::new(name).exists() && name.split('/').count() == 2;
+    let mut header = String::from("---\n");
+    if on_hub(&s.model) {
+        let _ = writeln!(header, "base_model: {}", quoted(&s.model));
+    }
     let library = if adapter { "peft" } else { "transformers" };
-    let _ = writeln!(header, "library_name: {library}\npipeline_tag: text-generation\ndatasets:");
-    for (name, _) in &s.data.datasets {
+    let _ = writeln!(header, "library_name: {library}\npipeline_tag: text-generation");
+    let sets: Vec<&String> =
+        s.data.datasets.iter().map(|(name, _)| name).filter(|name| on_hub(name)).collect();
+    if !sets.is_empty() {
+        header.push_str("datasets:\n");
+    }
+    for name in sets {
         let _ = writeln!(header, "- {}", quoted(name));
     }
     header.push_str("tags:\n- preference-optimization\n");

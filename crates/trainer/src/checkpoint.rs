@@ -38,6 +38,10 @@ pub struct State {
     pub window: Window,
     /// The best evaluation so far.
     pub best: Option<BestSoFar>,
+    /// The best value of the metric at any evaluation.
+    pub best_seen: Option<f64>,
+    /// Interrupted where an evaluation was due.
+    pub evaluation_due: bool,
     /// Evaluations since one that was better.
     pub stale: usize,
     /// Training has stopped early.
@@ -165,7 +169,9 @@ impl Snapshot<'_> {
         let Some(limit) = self.settings.save_total_limit else { return Ok(()) };
         let keeps_best = self.settings.best.as_ref().is_some_and(|best| best.load);
         let best = self.state.best.filter(|_| keeps_best).map(|best| best.step);
-        let all = list(&self.settings.output_dir)?;
+        let mut all = list(&self.settings.output_dir)?;
+        // Those beyond this step are of a run that went on from there and was given up.
+        all.sort_by_key(|(step, _)| (*step <= self.state.step, *step));
         let excess = all.len().saturating_sub(limit);
         let old = all.iter().filter(|(step, _)| Some(*step) != best && *step != self.state.step);
         for (_, old) in old.take(excess) {

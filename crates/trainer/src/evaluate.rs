@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use anyhow::{Result, bail};
 use decoder::Decoder;
 use pref_data::Dataset;
 use serde_json::{Map, Value};
@@ -19,7 +20,7 @@ pub fn run(
     references: &References,
     settings: &Settings,
     train_tokens: usize,
-) -> Map<String, Value> {
+) -> Result<Map<String, Value>> {
     let started = Instant::now();
     let model = model.frozen();
     let (mut window, mut loss) = (Window::default(), 0.0);
@@ -28,6 +29,14 @@ pub fn run(
         let micro = Micro::new(rows, batch, settings.scoring());
         let reference = references.of(Split::Test, batch, &micro);
         let (metrics, _) = micro.run(&model, &settings.loss, &reference, None);
+        if !metrics[0].1.is_finite() {
+            let ids: Vec<String> = batch.iter().map(|&row| rows.id(row as usize)).collect();
+            bail!(
+                "the evaluation loss became {} on the test rows with ids {ids:?}; lower --learning-rate; earlier \
+                 checkpoints are untouched",
+                metrics[0].1
+            );
+        }
         loss += metrics[0].1 * batch.len() as f64;
         window.add(&metrics);
     }
@@ -37,5 +46,5 @@ pub fn run(
     entry.insert("eval_num_tokens".into(), train_tokens.into());
     entry.insert("eval_runtime".into(), seconds.into());
     entry.insert("eval_samples_per_second".into(), (rows.len() as f64 / seconds).into());
-    entry
+    Ok(entry)
 }

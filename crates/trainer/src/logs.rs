@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -52,37 +52,77 @@ impl Logs {
     }
 }
 
-/// Deletes what an earlier run wrote into an output directory, and nothing else.
-pub fn clear(dir: &Path) -> Result<()> {
-    let context = || format!("{}: cannot clear the earlier run", dir.display());
+/// What a run writes into its output directory besides checkpoints and shards.
+const FILES: [&str; 17] = [
+    "train_log.jsonl",
+    "eval_log.jsonl",
+    "run.json",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+/// Files and directories that a run made: checkpoints with checksums, unfinished ones, the adapter beside a
+/// merged model, event files, and single files by their names.
+pub fn ours(dir: &Path) -> Result<Vec<PathBuf>> {
+    let context = || format!("{}: cannot list", dir.display());
+    let mut found = Vec::new();
     for entry in fs::read_dir(dir).with_context(context)? {
         let path = entry.with_context(context)?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if path.is_dir() && is_our_directory(&path, name) {
-            fs::remove_dir_all(&path).with_context(context)?;
-        } else if path.is_file() && is_ours(name) {
-            fs::remove_file(&path).with_context(context)?;
+        let ours = if path.is_dir() {
+            is_our_directory(&path, name)
+        } else {
+            FILES.contains(&name) || is_shard(name)
+        };
+        if ours {
+            found.push(path);
+        } else if name == "runs" && path.is_dir() {
+            found.extend(event_files(&path));
         }
     }
-    Ok(())
+    Ok(found)
 }
 
 fn is_our_directory(path: &Path, name: &str) -> bool {
-    let checkpoint = name.starts_with("checkpoint-") || name.starts_with(".checkpoint-");
-    checkpoint || (name == "adapter" && path.join("adapter_config.json").exists()) || name == "runs"
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let whole = name.strip_prefix("checkpoint-").is_some_and(number) && path.join("checksums.json").exists();
+    let half =
+        name.strip_prefix(".checkpoint-").and_then(|rest| rest.strip_suffix(".tmp")).is_some_and(number);
+    whole || half || (name == "adapter" && path.join("adapter_config.json").exists())
 }
 
-fn is_ours(name: &str) -> bool {
-    matches!(
-        name,
-        "train_log.jsonl"
-            | "eval_log.jsonl"
-            | "run.json"
-            | "config.json"
-            | "model.safetensors.index.json"
-            | "adapter_config.json"
-            | "adapter_model.safetensors"
-    ) || (name.starts_with("model") && name.ends_with(".safetensors"))
+/// `model-00001-of-00002.safetensors`.
+fn is_shard(name: &str) -> bool {
+    let parts = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    parts.and_then(|parts| parts.split_once("-of-")).is_some_and(|(part, all)| {
+        [part, all].iter().all(|n| n.len() == 5 && n.bytes().all(|byte| byte.is_ascii_digit()))
+    })
+}
+
+fn event_files(runs: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(runs).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    entries.filter(|path| path.extension().is_some_and(|extension| extension == "trainer")).collect()
+}
+
+/// Deletes what an earlier run wrote into an output directory, and nothing else.
+pub fn clear(dir: &Path) -> Result<()> {
+    for path in ours(dir)? {
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.with_context(|| format!("{}: cannot clear the earlier run", path.display()))?;
+    }
+    Ok(())
 }
 
 /// A progress bar on a terminal, plain lines elsewhere.
@@ -125,6 +165,15 @@ impl Progress {
                 "{} {}/{} | {text} | {elapsed:.0} s, {left:.0} s left",
                 self.what, self.done, self.total
             );
+        }
+    }
+
+    /// Tells something that must stay readable.
+    #[allow(clippy::print_stderr)]
+    pub fn tell(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
         }
     }
 

@@ -24,6 +24,14 @@ pub struct LossSettings {
     pub undesirable_weight: f64,
 }
 
+/// What the loss sft takes: the chosen completions with every token counted in full.
+pub struct Winners {
+    /// Their log-probabilities, `[pairs]`.
+    pub logps: Tensor<1>,
+    /// Their scored tokens, all together.
+    pub tokens: usize,
+}
+
 impl LossSettings {
     fn divergence(&self) -> Divergence {
         match self.f_divergence_type {
@@ -55,19 +63,18 @@ impl LossSettings {
     }
 
     /// The weighted sum of the losses, each a mean over the pairs, `[1]`. `lengths` are the tokens of the two
-    /// completions of each pair, `chosen_tokens` the scored ones of all chosen completions; `pair_weights`,
-    /// `[pairs]`, multiply every loss (WPO).
+    /// completions of each pair; `pair_weights`, `[pairs]`, multiply every loss (WPO).
     pub fn total(
         &self,
         pairs: &PairLogps,
         lengths: &[[usize; 2]],
-        chosen_tokens: usize,
+        winners: &Winners,
         pair_weights: Option<&Tensor<1>>,
     ) -> Tensor<1> {
         let device = pairs.chosen.device();
         let terms = self.loss_type.iter().zip(&self.loss_weights);
         let terms = terms.map(|(loss, weight)| {
-            let each = self.one(*loss, pairs, lengths, chosen_tokens);
+            let each = self.one(*loss, pairs, lengths, winners);
             let mean = match pair_weights {
                 Some(weights) => (each * weights.clone()).mean(),
                 None => each.mean(),
@@ -77,13 +84,7 @@ impl LossSettings {
         terms.reduce(|a, b| a + b).unwrap_or_else(|| Tensor::zeros([1], &device))
     }
 
-    fn one(
-        &self,
-        loss: LossType,
-        pairs: &PairLogps,
-        lengths: &[[usize; 2]],
-        chosen_tokens: usize,
-    ) -> Tensor<1> {
+    fn one(&self, loss: LossType, pairs: &PairLogps, lengths: &[[usize; 2]], winners: &Winners) -> Tensor<1> {
         let (beta, smoothing) = (self.beta, self.label_smoothing);
         let scores = || pairs.scores(self.divergence());
         let per_token = || {
@@ -104,7 +105,7 @@ impl LossSettings {
             LossType::ApoZero => losses::apo_zero(pairs, beta),
             LossType::ApoDown => losses::apo_down(pairs, beta),
             LossType::Discopop => losses::discopop(&scores(), beta, self.discopop_tau),
-            LossType::Sft => losses::sft(pairs.chosen.clone(), chosen_tokens),
+            LossType::Sft => losses::sft(winners.logps.clone(), winners.tokens),
             LossType::SigmoidNorm => losses::sigmoid_norm(&per_token(), beta),
             LossType::Kto | LossType::ApoZeroUnpaired => unreachable!("see LossSettings::unpaired"),
         }

@@ -122,7 +122,9 @@ impl LossArgs {
         let unpaired = self.loss_type.iter().any(|loss| loss.is_unpaired());
         let label_weights = [self.desirable_weight, self.undesirable_weight];
         let divides = any(&[Ipo, LossType::SppoHard]);
+        let twice = self.loss_type.iter().enumerate().any(|(i, loss)| self.loss_type[..i].contains(loss));
         let rules = [
+            (twice, "--loss-type: a loss is given twice; give it a weight with --loss-weights instead"),
             (
                 unpaired && self.loss_type.len() > 1,
                 "--loss-type: kto and apo_zero_unpaired take single completions and go with no other loss",

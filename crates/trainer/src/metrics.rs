@@ -10,6 +10,36 @@ use crate::step::RefLogps;
 /// Metrics of one micro-batch, with TRL's names; the loss first.
 pub type Metrics = Vec<(&'static str, f64)>;
 
+/// Names of the metrics of pairs, or of single completions, that an evaluation has.
+pub fn names(unpaired: bool) -> &'static [&'static str] {
+    const PAIRS: [&str; 11] = [
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+    ];
+    const ROWS: [&str; 10] = [
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "kl",
+    ];
+    if unpaired { &ROWS } else { &PAIRS }
+}
+
 /// Per-pair values of a micro-batch on the host.
 pub struct PairValues {
     /// Mean loss.

@@ -81,7 +81,10 @@ impl PeftArgs {
         }
         let dropout = self.lora_dropout.unwrap_or(0.0);
         let rules = [
-            (self.lora_r == Some(0), "--lora-r must be at least 1"),
+            (
+                self.lora_r.is_some_and(|r| !(1..=1 << 16).contains(&r)),
+                "--lora-r must be between 1 and 65536",
+            ),
             (
                 self.lora_alpha.is_some_and(|alpha| !(alpha.is_finite() && alpha > 0.0)),
                 "--lora-alpha must be above 0",

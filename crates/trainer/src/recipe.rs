@@ -16,6 +16,36 @@ const GONE: [(&str, &str); 3] = [
     ("max_completion_length", "--max-length bounds prompt and completion together"),
 ];
 
+/// Keys of TRL's and alignment-handbook's recipes that have no meaning here.
+const INERT: [&str; 26] = [
+    "attn_implementation",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "do_eval",
+    "do_train",
+    "eval_on_start",
+    "fp16",
+    "gradient_checkpointing_kwargs",
+    "hub_model_id",
+    "hub_strategy",
+    "log_level",
+    "logging_first_step",
+    "logging_strategy",
+    "optim_args",
+    "padding_free",
+    "preprocessing_num_workers",
+    "push_to_hub",
+    "remove_unused_columns",
+    "report_to_hub",
+    "run_name",
+    "tf32",
+    "trust_remote_code",
+    "use_liger_kernel",
+    "use_cache",
+    "wandb_project",
+];
+
 /// Puts the keys of a `--config` file in front of the other flags, which override them. Also translates older
 /// names of flags. Notices go to `say`.
 pub fn expand(args: Vec<OsString>, say: &mut dyn FnMut(String)) -> Result<Vec<OsString>, String> {
@@ -24,14 +54,15 @@ pub fn expand(args: Vec<OsString>, say: &mut dyn FnMut(String)) -> Result<Vec<Os
     let (mut own, mut path) = (Vec::new(), None);
     while let Some(arg) = rest.next() {
         match arg.to_str() {
-            Some("--config") => path = Some(rest.next().ok_or("--config needs a file")?),
-            Some(text) if text.starts_with("--config=") => path = Some(text["--config=".len()..].into()),
+            Some("--config") => set(&mut path, rest.next().ok_or("--config needs a file")?)?,
+            Some(text) if text.starts_with("--config=") => set(&mut path, text["--config=".len()..].into())?,
             Some(text) if text.starts_with("--") => own.push(renamed_flag(text, say)?.into()),
             _ => own.push(arg),
         }
     }
     if let Some(path) = path {
-        let keys = read(Path::new(&path))?;
+        let keys = warm_up(read(Path::new(&path))?)?;
+        without_effect(Path::new(&path), &keys)?;
         let given: Vec<String> =
             own.iter().filter_map(|arg| Some(flag_name(arg.to_str()?)?.replace('_', "-"))).collect();
         for (key, value) in keys {
@@ -45,6 +76,52 @@ pub fn expand(args: Vec<OsString>, say: &mut dyn FnMut(String)) -> Result<Vec<Os
     }
     all.extend(own);
     Ok(all)
+}
+
+fn set(path: &mut Option<OsString>, given: OsString) -> Result<(), String> {
+    match path.replace(given) {
+        None => Ok(()),
+        Some(first) => Err(format!("--config is given twice (first {})", first.display())),
+    }
+}
+
+/// transformers' rule for `warmup_ratio`: it counts where `warmup_steps` is 0.
+fn warm_up(mut keys: Map<String, Value>) -> Result<Map<String, Value>, String> {
+    let Some(ratio) = keys.get("warmup_ratio").and_then(Value::as_f64) else { return Ok(keys) };
+    if ratio >= 1.0 {
+        return Err(format!("warmup_ratio: {ratio} is the whole run or more; give warmup_steps as a count"));
+    }
+    let steps = keys.get("warmup_steps").and_then(Value::as_f64).unwrap_or(0.0);
+    keys.remove(if steps == 0.0 { "warmup_steps" } else { "warmup_ratio" });
+    Ok(keys)
+}
+
+/// Keys that do nothing here are named, all at once: those that TRL and transformers have, and those that nobody
+/// has.
+fn without_effect(path: &Path, keys: &Map<String, Value>) -> Result<(), String> {
+    let command = <crate::args::Args as clap::CommandFactory>::command();
+    let known: Vec<String> =
+        command.get_arguments().filter_map(|arg| Some(arg.get_long()?.replace('-', "_"))).collect();
+    let translated = |key: &str| RENAMED.iter().chain(&GONE).any(|(old, _)| *old == key);
+    let strange: Vec<&str> = keys
+        .iter()
+        .filter(|(key, value)| {
+            !value.is_null() && !translated(key) && !known.contains(&key.replace('-', "_"))
+        })
+        .map(|(key, _)| key.as_str())
+        .collect();
+    if strange.is_empty() {
+        return Ok(());
+    }
+    let (inert, unknown): (Vec<&str>, Vec<&str>) = strange.into_iter().partition(|key| INERT.contains(key));
+    let mut said = Vec::new();
+    if !inert.is_empty() {
+        said.push(format!("these keys of TRL do nothing here, take them out: {}", inert.join(", ")));
+    }
+    if !unknown.is_empty() {
+        said.push(format!("unknown: {}", unknown.join(", ")));
+    }
+    Err(format!("--config {}: {}", path.display(), said.join("; ")))
 }
 
 /// `name` of `--name` and `--name=value`.
@@ -98,6 +175,7 @@ fn flags(flag: &str, value: &Value) -> Result<Vec<OsString>, String> {
     let values = match value {
         // As if the key were not there.
         Value::Null => return Ok(Vec::new()),
+        Value::Array(items) if items.is_empty() => return Ok(Vec::new()),
         Value::Array(items) => items.iter().map(one).collect::<Result<Vec<_>, _>>()?,
         other => vec![one(other)?],
     };
@@ -143,7 +221,14 @@ mod tests {
         assert!(expanded("rpo_alpha: 1.0", "").unwrap_err().contains("sft"));
         assert!(expanded("a: 1", "--max_prompt_length 3").unwrap_err().contains("--max-length"));
         assert!(expanded("- a\n- b", "").unwrap_err().contains("keys and values"));
-        assert!(expanded("a: [[1]]", "").unwrap_err().contains("expected a text"));
+        assert!(expanded("beta: [[1]]", "").unwrap_err().contains("expected a text"));
+        let said =
+            expanded("attn_implementation: eager\nbeta: 0.1\ndo_eval: true\nbetta: 1\n", "").unwrap_err();
+        assert!(said.contains("take them out: attn_implementation, do_eval; unknown: betta"), "{said}");
+        assert!(expanded("beta: 1", "--config other.yaml").unwrap_err().contains("given twice"));
+        let (text, _) = expanded("warmup_ratio: 0.5\nwarmup_steps: 0\nreport_to: []\n", "").unwrap();
+        assert_eq!(text, "trainer --warmup-steps 0.5");
+        assert!(expanded("warmup_ratio: 1.0", "").unwrap_err().contains("as a count"));
         let missing = expand(["t", "--config", "nowhere.yaml"].map(OsString::from).to_vec(), &mut |_| {});
         assert!(missing.unwrap_err().contains("nowhere.yaml"));
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use decoder::{Decoder, SaveDtype};
 use pref_data::{Batches, Bound, Dataset, Order};
 
@@ -63,6 +63,15 @@ impl References {
                 progress.set(done);
             });
             progress.finish();
+            let bad = (0..rows.len()).find(|&row| values[row].iter().any(|logp| !logp.is_finite()));
+            if let Some(row) = bad {
+                bail!(
+                    "the reference model gives the row with id {} a log-probability of {:?}: its weights or its \
+                     configuration are broken",
+                    rows.id(row),
+                    values[row]
+                );
+            }
             if let Err(error) = reference::write(&path, &values) {
                 say(&format!("WARNING: the reference log-probabilities could not be cached: {error:#}"));
             }

@@ -46,7 +46,10 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         preflight::warnings(settings, &report).iter().for_each(|warning| say(warning));
         return Ok(Outcome::Done);
     }
-    let sources: Vec<&Path> = std::iter::once(&model_dir).chain(&reference_dir).map(AsRef::as_ref).collect();
+    let adapters =
+        settings.peft.iter().flat_map(|peft| peft.adapter_path.iter().chain(&peft.ref_adapter_path));
+    let sources: Vec<&Path> =
+        std::iter::once(&model_dir).chain(&reference_dir).chain(adapters).map(AsRef::as_ref).collect();
     output::check(settings, &sources, resume.as_deref())?;
     let plan = Plan::new(settings, &data.train);
     if let Some(sync) = settings.sync_reference.filter(|sync| sync.steps > plan.total) {
@@ -145,6 +148,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let started = Instant::now();
     let outcome = training.all_steps().and_then(|outcome| {
         if outcome == Outcome::Done {
+            training.check_weights()?;
             policy::write_final(settings, &training.model, &companions)?;
         }
         Ok(outcome)

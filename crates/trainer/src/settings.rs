@@ -7,8 +7,10 @@ use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
 use crate::args::{Args, Backend, Dtype, Optimizer, Report, Sampling, Strategy};
+use crate::backend;
 use crate::data::DataSettings;
 use crate::loss::LossSettings;
+use crate::metrics;
 use crate::optimizer::Rule;
 use crate::peft_args::PeftSettings;
 use crate::rules;
@@ -121,6 +123,7 @@ impl Settings {
     /// Checks flags against each other. An `Err` is a usage error.
     pub fn new(args: Args) -> Result<Self, String> {
         rules::check(&args)?;
+        backend::check(args.backend)?;
         let positive = |name: &str, value: usize| {
             if value == 0 { Err(format!("--{name} must be at least 1")) } else { Ok(value) }
         };
@@ -163,6 +166,13 @@ impl Settings {
         let beta1 = fraction("adam-beta1", args.adam_beta1.unwrap_or(0.9))?;
         let beta2 = fraction("adam-beta2", args.adam_beta2.unwrap_or(0.999))?;
         let eps = at_least_zero("adam-epsilon", args.adam_epsilon.unwrap_or(1e-8))?;
+        if let Some(name) = &args.metric_for_best_model {
+            let known = metrics::names(loss.is_unpaired());
+            if !known.contains(&name.strip_prefix("eval_").unwrap_or(name)) {
+                let known = known.join(", ");
+                return Err(format!("--metric-for-best-model {name}: an evaluation has {known}"));
+            }
+        }
         let sampling = sampling(args.train_sampling_strategy, &loss, &bound)?;
         let chat_template = args.data.chat_template.as_deref().map(read_chat_template).transpose();
         Ok(Self {

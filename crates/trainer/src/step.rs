@@ -8,7 +8,7 @@ use decoder::{Batch, Decoder, Recompute, TokenScores};
 use fused_ops::{HeadOutput, sum_into};
 use pref_data::{Dataset, Packed, PairTokens, kl_rows};
 
-use crate::loss::LossSettings;
+use crate::loss::{LossSettings, Winners};
 use crate::metrics::{self, Metrics, PairValues, RowValues};
 
 /// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
@@ -55,6 +55,8 @@ struct Packing {
 struct Scored {
     chosen: Tensor<1>,
     rejected: Tensor<1>,
+    /// Of the chosen completions with every token counted in full.
+    whole_chosen: Tensor<1>,
     tokens: Tensor<1>,
     stats: Tensor<2>,
     recompute: Option<Recompute>,
@@ -81,17 +83,23 @@ impl Packing {
 
     fn sum(&self, out: HeadOutput, recompute: Option<Recompute>) -> Scored {
         let rows = self.packed.rows.len();
-        let sums = match self.ld_alpha {
-            None => sum_into(out.logps.clone(), &self.sums, 2 * rows),
+        let (sums, whole) = match self.ld_alpha {
+            None => {
+                let sums = sum_into(out.logps.clone(), &self.sums, 2 * rows);
+                (sums.clone(), sums)
+            }
             Some(alpha) => {
                 let sums = sum_into(out.logps.clone(), &self.sums, 4 * rows);
                 let beyond = sums.clone().narrow(0, 2 * rows, 2 * rows);
-                length_desensitized(sums.narrow(0, 0, 2 * rows), beyond, alpha)
+                let common = sums.narrow(0, 0, 2 * rows);
+                let whole = common.clone() + beyond.clone();
+                (length_desensitized(common, beyond, alpha), whole)
             }
         };
         Scored {
             chosen: sums.clone().narrow(0, 0, rows),
             rejected: sums.narrow(0, rows, rows),
+            whole_chosen: whole.narrow(0, 0, rows),
             tokens: out.logps.inner(),
             stats: out.stats,
             recompute,
@@ -187,12 +195,15 @@ impl Micro {
             ref_chosen: column(reference, 0, &device),
             ref_rejected: column(reference, 1, &device),
         };
-        let chosen_tokens = packed.completion_tokens().iter().map(|count| count[0]).sum();
+        let winners = Winners {
+            logps: scored.whole_chosen,
+            tokens: packed.completion_tokens().iter().map(|count| count[0]).sum(),
+        };
         let weights = loss.use_weighting.then(|| {
             let [chosen, rejected] = metrics::aligned(tokens, packed).map(|means| values(means, &device));
             pair_weights(chosen, rejected)
         });
-        let mean = loss.total(&pairs, &self.lengths, chosen_tokens, weights.as_ref());
+        let mean = loss.total(&pairs, &self.lengths, &winners, weights.as_ref());
         let gradients = gradients(model, &mean, backward, scored.recompute);
         let values = PairValues {
             loss: f64::from(host(mean.inner())[0]),

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use decoder::{Companions, Decoder};
+use fused_ops::sum_of_squares;
 use pref_data::Batches;
 use serde_json::{Map, Value};
 
@@ -60,6 +61,9 @@ impl Training<'_> {
         let mut progress = Progress::new("train", self.plan.total, self.settings.progress_bar);
         progress.set(self.state.step);
         let started = Instant::now();
+        if std::mem::take(&mut self.state.evaluation_due) {
+            self.evaluate(&progress)?;
+        }
         while self.state.step < self.plan.total && !self.state.stopped {
             let (lr, norm) = self.one_step()?;
             let step = self.state.step;
@@ -70,17 +74,19 @@ impl Training<'_> {
                 let speed = self.computed_tokens as f64 / started.elapsed().as_secs_f64();
                 progress.say(&summary(&entry, speed));
                 if let Some(hint) = self.hints.look(&entry) {
-                    progress.say(hint);
+                    progress.tell(hint);
                 }
             }
             let interrupted = INTERRUPTED.load(Ordering::Relaxed) && !last;
-            if self.settings.evaluate != Every::Never
-                && !interrupted
-                && (self.plan.is_due(self.settings.evaluate, step) || last)
-            {
+            let evaluates = self.settings.evaluate != Every::Never
+                && (self.plan.is_due(self.settings.evaluate, step) || last);
+            if evaluates && !interrupted {
                 self.evaluate(&progress)?;
             }
-            if interrupted || self.plan.is_due(self.settings.save, step) {
+            // The run that goes on from here makes up for it.
+            self.state.evaluation_due = evaluates && interrupted;
+            if interrupted || self.saves() {
+                self.check_weights()?;
                 // A run that is interrupted must be able to go on, whatever its other checkpoints hold.
                 let path = self.snapshot().write(interrupted || !self.settings.save_only_model)?;
                 if interrupted {
@@ -91,10 +97,33 @@ impl Training<'_> {
             }
         }
         progress.finish();
-        if let Some(text) = best::load(self.settings, &self.state, &mut self.model)? {
+        if let Some(text) = best::load(self.settings, &self.state, &mut self.model) {
             say(&text);
         }
         Ok(Outcome::Done)
+    }
+
+    /// A checkpoint is due: at its steps, and where they are counted also at the end, as transformers does, so
+    /// that nothing is lost if the model cannot be written.
+    fn saves(&self) -> bool {
+        let ends = self.state.step == self.plan.total || self.state.stopped;
+        self.plan.is_due(self.settings.save, self.state.step)
+            || (ends && matches!(self.settings.save, Every::Steps(_)))
+    }
+
+    /// Errors where a weight is not a finite number: what is saved must be of use.
+    pub fn check_weights(&self) -> Result<()> {
+        let bad =
+            self.model.trained().iter().find(|w| !sum_of_squares(&w.tensor.clone().inner()).is_finite());
+        match bad {
+            Some(weight) => bail!(
+                "{} is not finite after step {}; lower --learning-rate. Nothing was saved, earlier checkpoints are \
+                 untouched",
+                weight.name,
+                self.state.step
+            ),
+            None => Ok(()),
+        }
     }
 
     fn snapshot(&self) -> Snapshot<'_> {
@@ -182,11 +211,10 @@ impl Training<'_> {
         let Some(test) = &self.data.test else { return Ok(()) };
         let mut entry = self.entry();
         let tokens = self.state.num_tokens;
-        entry.extend(evaluate::run(&self.model, test, &self.references, self.settings, tokens));
+        entry.extend(evaluate::run(&self.model, test, &self.references, self.settings, tokens)?);
         self.logs.eval(&entry)?;
-        progress.say(&format!("eval {}", figures(&entry, "eval_")));
-        let step = self.state.step;
-        let saved = step == self.plan.total || self.plan.is_due(self.settings.save, step);
+        progress.tell(&format!("eval at step {}: {}", self.state.step, figures(&entry, "eval_")));
+        let saved = self.saves() || self.state.step == self.plan.total;
         if best::judge(self.settings, &mut self.state, &entry, saved)? == Verdict::Stop {
             self.state.stopped = true;
             progress

@@ -178,9 +178,18 @@ fn kto_on_single_completions() {
 
 #[test]
 fn weights_of_tokens_and_pairs_divergences_and_a_moving_reference() {
-    for name in
-        ["keep-end", "ld-alpha", "ld-alpha-ga2", "wpo", "wpo-mixed", "forward-kl", "js", "alpha", "sync-ref"]
-    {
+    for name in [
+        "keep-end",
+        "ld-alpha",
+        "ld-alpha-ga2",
+        "ld-alpha-sft",
+        "wpo",
+        "wpo-mixed",
+        "forward-kl",
+        "js",
+        "alpha",
+        "sync-ref",
+    ] {
         check(&format!("tiny-qwen2-{name}"));
     }
 }

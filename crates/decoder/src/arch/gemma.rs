@@ -75,7 +75,11 @@ fn common(
     ropes: impl FnOnce(usize, usize) -> Result<Vec<Rope>, Error>,
 ) -> Result<Config, Error> {
     let activation = if keys.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
-    keys.only(activation, &"gelu_pytorch_tanh".into())?;
+    // The first releases say "gelu" and mean the same, as transformers has it.
+    let legacy = activation == "hidden_act" && keys.text_or(activation, "")? == "gelu";
+    if !legacy {
+        keys.only(activation, &"gelu_pytorch_tanh".into())?;
+    }
     keys.only("use_bidirectional_attention", &false.into())?;
     let bias = keys.flag_or("attention_bias", false)?;
     let config = keys.llama_shape(ropes)?;
@@ -91,7 +95,7 @@ fn common(
 }
 
 fn with_caps(keys: &Keys, config: Config) -> Result<Config, Error> {
-    let scalar = keys.number_or("query_pre_attn_scalar", 256.0)?;
+    let scalar = keys.positive_or("query_pre_attn_scalar", 256.0)?;
     // Gemma 2 caps unless told not to; Gemma 3 does not unless told to.
     let default = |cap: f32| (config.model_type == "gemma2").then_some(cap);
     let cap = |key: &str, value: f32| {

@@ -46,7 +46,7 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
         model_type: "gpt2".into(),
         vocab: keys.size("vocab_size")?,
         hidden,
-        layers: vec![Layer { window: None, rope: None }; keys.size("n_layer")?],
+        layers: vec![Layer { window: None, rope: None }; keys.layer_count("n_layer")?],
         heads: Heads { query, kv: query, dim },
         intermediate: keys.size_or("n_inner", Some(4 * hidden))?,
         norm: Norm::Layer,

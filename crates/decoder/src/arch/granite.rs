@@ -17,7 +17,7 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
         embedding_scale: keys.number_or("embedding_multiplier", 1.0)?,
         residual_scale: keys.number_or("residual_multiplier", 1.0)?,
         attention_scale: keys.number_or("attention_multiplier", 1.0)?,
-        logits: Logits { scale: keys.number_or("logits_scaling", 1.0)?.recip(), softcap: None },
+        logits: Logits { scale: keys.positive_or("logits_scaling", 1.0)?.recip(), softcap: None },
         ..config
     })
 }

@@ -56,6 +56,12 @@ impl<'a> Keys<'a> {
         self.size_or(key, None)
     }
 
+    /// Number of blocks; a wrong one must not become a million names.
+    pub fn layer_count(&self, key: &str) -> Result<usize, Error> {
+        let layers = self.size(key)?;
+        if layers > 4096 { Err(self.error(format!("{key} is {layers}, more than 4096"))) } else { Ok(layers) }
+    }
+
     pub fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize, Error> {
         // Nothing real is larger; a wrong number must not become an allocation.
         let read = |value: &Value| value.as_u64().map(|n| n as usize).filter(|n| (1..=1 << 24).contains(n));
@@ -66,6 +72,16 @@ impl<'a> Keys<'a> {
 
     pub fn number_or(&self, key: &str, default: f64) -> Result<f32, Error> {
         Ok(self.typed(key, "a number", Value::as_f64)?.unwrap_or(default) as f32)
+    }
+
+    /// A number above 0.
+    pub fn positive_or(&self, key: &str, default: f64) -> Result<f32, Error> {
+        let number = self.number_or(key, default)?;
+        if number > 0.0 && number.is_finite() {
+            Ok(number)
+        } else {
+            Err(self.error(format!("{key} is {number}, expected a number above 0")))
+        }
     }
 
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool, Error> {
@@ -145,7 +161,7 @@ impl<'a> Keys<'a> {
             );
         }
         let max_positions = self.size_or("max_position_embeddings", Some(2048))?;
-        let layers = self.size("num_hidden_layers")?;
+        let layers = self.layer_count("num_hidden_layers")?;
         Ok(Config {
             model_type: self.text("model_type")?.into(),
             vocab: self.size("vocab_size")?,
@@ -154,7 +170,7 @@ impl<'a> Keys<'a> {
             heads: Heads { query, kv, dim },
             intermediate: self.size("intermediate_size")?,
             norm: Norm::Rms,
-            eps: self.number_or("rms_norm_eps", 1e-6)?,
+            eps: self.positive_or("rms_norm_eps", 1e-6)?,
             positions: Positions::Rotary(ropes(dim, max_positions)?),
             mlp: Mlp::Gated(Activation::Silu),
             qkv_bias: false,

@@ -4,7 +4,6 @@ use super::keys::Keys;
 use crate::{Config, Error};
 
 pub fn config(keys: &Keys) -> Result<Config, Error> {
-    keys.only("pretraining_tp", &1.into())?;
     let bias = keys.flag_or("attention_bias", false)?;
     let mlp_bias = keys.flag_or("mlp_bias", false)?;
     let config = keys.llama_like()?;

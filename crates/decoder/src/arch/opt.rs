@@ -46,7 +46,7 @@ pub fn config(keys: &Keys) -> Result<Config, Error> {
         model_type: "opt".into(),
         vocab: keys.size("vocab_size")?,
         hidden,
-        layers: vec![Layer { window: None, rope: None }; keys.size("num_hidden_layers")?],
+        layers: vec![Layer { window: None, rope: None }; keys.layer_count("num_hidden_layers")?],
         heads: Heads { query, kv: query, dim: hidden / query },
         intermediate: keys.size("ffn_dim")?,
         norm: Norm::Layer,

@@ -50,6 +50,9 @@ impl Keys<'_> {
                 "a rotary embedding of {dim} of {head} features with base {theta} is not possible"
             )));
         }
+        if number("factor").is_some_and(|factor| !(factor.is_finite() && factor > 0.0)) {
+            return Err(self.error(format!("the rotary scaling has the factor {}", settings["factor"])));
+        }
         let original = either("original_max_position_embeddings").unwrap_or(max_positions as f64);
         let given = own("rope_type").or(own("type")).and_then(Value::as_str);
         let is_scaling = settings.contains_key("factor");
