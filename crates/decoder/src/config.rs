@@ -116,6 +116,15 @@ impl Config {
         layout::lay_out(self).0
     }
 
+    /// Longest sequence that makes sense: that of the training, stretched where the rotary embedding is.
+    pub fn longest(&self) -> usize {
+        let stretch = match &self.positions {
+            Positions::Rotary(ropes) => ropes.iter().map(Rope::stretch).fold(1.0, f64::max),
+            Positions::Learned { .. } => 1.0,
+        };
+        (self.max_positions as f64 * stretch) as usize
+    }
+
     /// How block `layer` makes its attention scores.
     pub fn scores(&self, layer: usize) -> Scores {
         Scores {

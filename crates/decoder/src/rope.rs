@@ -73,6 +73,16 @@ pub fn yarn_ramp(fast: f64, slow: f64, dim: usize, theta: f64, original: f64, tr
 }
 
 impl Rope {
+    /// How much longer than in training sequences may be, as far as the settings tell.
+    pub fn stretch(&self) -> f64 {
+        match self.kind {
+            RopeKind::Linear { factor }
+            | RopeKind::Dynamic { factor, .. }
+            | RopeKind::Yarn { factor, .. } => factor,
+            RopeKind::Default | RopeKind::Llama3 { .. } | RopeKind::LongRope { .. } => 1.0,
+        }
+    }
+
     /// Angles per position, for a row whose longest sequence has `length` tokens. In `f32`, as transformers
     /// computes them.
     fn frequencies(&self, length: usize) -> Vec<f32> {

@@ -77,7 +77,16 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
             tell(&format!("{}: {done}/{} pairs", dir.display(), data.len()));
             !INTERRUPTED.load(Ordering::Relaxed)
         });
-        scores.context("interrupted; nothing was written")
+        let scores = scores.context("interrupted; nothing was written")?;
+        if let Some(row) = scores.iter().position(|score| score.logps.iter().any(|logp| !logp.is_finite())) {
+            bail!(
+                "{}: gives the pair with id {} log-probabilities of {:?}: its weights or its configuration are broken",
+                dir.display(),
+                data.id(row),
+                scores[row].logps
+            );
+        }
+        Ok(scores)
     };
     let model = scored(&model)?;
     let reference = reference.as_ref().map(scored).transpose()?;

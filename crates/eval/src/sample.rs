@@ -253,7 +253,7 @@ fn check(model: &Decoder, ids: &[u32], new: usize, id: &str) -> Result<()> {
     if ids.is_empty() {
         bail!("prompt {id}: has no tokens");
     }
-    let most = model.config().max_positions;
+    let most = model.config().longest();
     if ids.len().saturating_add(new) > most {
         bail!(
             "prompt {id}: {} tokens and {new} new ones exceed the model's {most} positions; lower --max-new-tokens",
