@@ -104,22 +104,24 @@ pub struct Companions {
 }
 
 impl Companions {
+    /// Their names, without the configuration's.
+    pub const FILES: [&str; 9] = [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    ];
+
     /// Reads configuration, tokenizer, chat template and generation settings; files that are not there are
     /// skipped.
     pub fn read(dir: &Path) -> Result<Self, Error> {
-        const FILES: [&str; 9] = [
-            "generation_config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "chat_template.jinja",
-            "vocab.json",
-            "merges.txt",
-            "tokenizer.model",
-        ];
         let mut files = Vec::new();
-        for name in FILES {
+        for name in Self::FILES {
             let path = dir.join(name);
             if path.exists() {
                 files.push((name, fs::read(&path).map_err(Error::io(path))?));

@@ -28,9 +28,14 @@ impl Hints {
     pub fn new(settings: &Settings) -> Self {
         let difference =
             [LossType::Sigmoid, LossType::SigmoidNorm, LossType::Hinge, LossType::Ipo, LossType::Robust];
+        let only = settings.loss.loss_type.iter().all(|loss| difference.contains(loss));
+        Self::watching(only, settings.peft.is_some())
+    }
+
+    fn watching(only_difference: bool, adapter: bool) -> Self {
         Self {
-            only_difference: settings.loss.loss_type.iter().all(|loss| difference.contains(loss)),
-            adapter: settings.peft.is_some(),
+            only_difference,
+            adapter,
             first_loss: None,
             entries: 0,
             falling: 0,
@@ -76,19 +81,6 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn watch(only_difference: bool, adapter: bool) -> Hints {
-        Hints {
-            only_difference,
-            adapter,
-            first_loss: None,
-            entries: 0,
-            falling: 0,
-            last_chosen: 0.0,
-            certain: 0,
-            given: [false; 3],
-        }
-    }
-
     fn entry(loss: f64, chosen: f64, accuracy: f64, margin: f64) -> Map<String, Value> {
         let entry = json!({"loss": loss, "rewards/chosen": chosen, "rewards/accuracies": accuracy, "rewards/margins": margin});
         entry.as_object().unwrap().clone()
@@ -101,24 +93,24 @@ mod tests {
     #[test]
     fn falling_winners_are_told_of_once_and_only_where_the_loss_lets_them_fall() {
         let entries = || (0..9).map(|i| entry(0.6, -0.1 * f64::from(i), 0.8, 0.3));
-        let hints = said(watch(true, false), entries());
+        let hints = said(Hints::watching(true, false), entries());
         assert_eq!(hints.len(), 1);
         assert!(hints[0].contains("apo_zero"));
-        assert!(said(watch(false, false), entries()).is_empty());
+        assert!(said(Hints::watching(false, false), entries()).is_empty());
     }
 
     #[test]
     fn a_certain_accuracy_with_tiny_margins_is_told_of() {
-        let hints = said(watch(true, false), (0..5).map(|_| entry(0.69, 0.001, 1.0, 0.002)));
+        let hints = said(Hints::watching(true, false), (0..5).map(|_| entry(0.69, 0.001, 1.0, 0.002)));
         assert!(hints.len() == 1 && hints[0].contains("margins are tiny"));
     }
 
     #[test]
     fn an_adapter_that_does_not_move_is_told_of() {
         let still = || (0..12).map(|i| entry(1.0 - 1e-5 * f64::from(i), 0.0, 0.5, 0.02));
-        assert!(said(watch(false, true), still())[0].contains("Adapters"));
-        assert!(said(watch(false, false), still()).is_empty());
+        assert!(said(Hints::watching(false, true), still())[0].contains("Adapters"));
+        assert!(said(Hints::watching(false, false), still()).is_empty());
         let moving = (0..12).map(|i| entry(1.0 - 0.01 * f64::from(i), 0.0, 0.5, 0.02));
-        assert!(said(watch(false, true), moving).is_empty());
+        assert!(said(Hints::watching(false, true), moving).is_empty());
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use decoder::Companions;
 use indicatif::{ProgressBar, ProgressStyle};
 use pref_data::{JsonlAppender, read_jsonl, write_jsonl};
 use serde_json::{Map, Value};
@@ -52,8 +53,8 @@ impl Logs {
     }
 }
 
-/// What a run writes into its output directory besides checkpoints and shards.
-const FILES: [&str; 17] = [
+/// What a run writes into its output directory besides checkpoints, shards and the model's companions.
+const FILES: [&str; 8] = [
     "train_log.jsonl",
     "eval_log.jsonl",
     "run.json",
@@ -62,15 +63,6 @@ const FILES: [&str; 17] = [
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
 ];
 
 /// Files and directories that a run made: checkpoints with checksums, unfinished ones, the adapter beside a
@@ -84,7 +76,7 @@ pub fn ours(dir: &Path) -> Result<Vec<PathBuf>> {
         let ours = if path.is_dir() {
             is_our_directory(&path, name)
         } else {
-            FILES.contains(&name) || is_shard(name)
+            FILES.contains(&name) || Companions::FILES.contains(&name) || is_shard(name)
         };
         if ours {
             found.push(path);
