@@ -30,15 +30,8 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // Before the first step there is nothing to save, and a second Ctrl-C ends the process at once.
-    let handler = ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) || !TRAINING.load(Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("interrupt: finishing this step and saving; press Ctrl-C again to stop at once");
-    });
-    if let Err(error) = handler {
-        eprintln!("warning: no Ctrl-C handling: {error}");
+    if let Err(error) = handle_signals() {
+        eprintln!("warning: no handling of Ctrl-C: {error}");
     }
     match run(&settings, inspect) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
@@ -51,4 +44,24 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// Before the first step there is nothing to save, and a second Ctrl-C ends the process at once.
+#[allow(clippy::print_stderr)]
+fn stop() {
+    if INTERRUPTED.swap(true, Ordering::Relaxed) || !TRAINING.load(Ordering::Relaxed) {
+        std::process::exit(130);
+    }
+    eprintln!("interrupt: finishing this step and saving; press Ctrl-C again to stop at once");
+}
+
+/// Ctrl-C, and SIGTERM, which schedulers send. SIGHUP is left as it is: `nohup` ignores it.
+fn handle_signals() -> anyhow::Result<()> {
+    ctrlc::set_handler(stop)?;
+    #[cfg(unix)]
+    {
+        let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM])?;
+        std::thread::spawn(move || signals.forever().for_each(|_| stop()));
+    }
+    Ok(())
 }
