@@ -7,7 +7,7 @@ use decoder::{Decoder, Lora};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{BestSoFar, State};
-use crate::settings::Settings;
+use crate::settings::{Every, Settings};
 
 /// What follows from an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,10 +43,12 @@ pub fn judge(
     if state.best_seen.is_none_or(|old| gain(old) > 0.0) {
         state.best_seen = Some(value);
     }
+    let stop = best.patience.is_some_and(|patience| state.stale >= patience);
+    // A run that stops here writes a checkpoint where steps are counted.
+    let saved = saved || (stop && matches!(settings.save, Every::Steps(_)));
     if state.best.is_none_or(|old| gain(old.value) > 0.0) && (saved || !best.load) {
         state.best = Some(BestSoFar { value, step: state.step });
     }
-    let stop = best.patience.is_some_and(|patience| state.stale >= patience);
     Ok(if stop { Verdict::Stop } else { Verdict::GoOn })
 }
 

@@ -29,6 +29,7 @@ const MAX_SHARD: usize = 5_000_000_000;
 
 /// Position of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct State {
     /// Optimizer steps done.
     pub step: usize,
@@ -144,6 +145,9 @@ impl Snapshot<'_> {
             remove(&temporary).ok();
         }
         written?;
+        if target.exists() && !is_ours(&target) {
+            bail!("{}: is not a checkpoint of this program, or a broken one; move it away", target.display());
+        }
         remove(&target).with_context(context)?;
         fs::rename(&temporary, &target).with_context(context)?;
         self.rotate()?;
@@ -170,6 +174,7 @@ impl Snapshot<'_> {
         let keeps_best = self.settings.best.as_ref().is_some_and(|best| best.load);
         let best = self.state.best.filter(|_| keeps_best).map(|best| best.step);
         let mut all = list(&self.settings.output_dir)?;
+        all.retain(|(_, path)| is_ours(path));
         // Those beyond this step are of a run that went on from there and was given up.
         all.sort_by_key(|(step, _)| (*step <= self.state.step, *step));
         let excess = all.len().saturating_sub(limit);
@@ -179,6 +184,11 @@ impl Snapshot<'_> {
         }
         Ok(())
     }
+}
+
+/// Only checkpoints made here have checksums; no other directory is ever deleted.
+fn is_ours(checkpoint: &Path) -> bool {
+    checkpoint.join("checksums.json").exists()
 }
 
 fn remove(dir: &Path) -> std::io::Result<()> {

@@ -21,10 +21,11 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// Opens the logs; entries after `step` (of a run that is resumed from there) are dropped. `tensorboard`
+    /// Opens the logs; training entries after `step` and evaluations after `evaluated` (of a run that is resumed
+    /// from there) are dropped. `tensorboard`
     /// asks for event files in `runs/` too.
-    pub fn open(dir: &Path, step: usize, tensorboard: bool) -> Result<Self> {
-        let open = |name: &str| -> Result<JsonlAppender> {
+    pub fn open(dir: &Path, step: usize, evaluated: usize, tensorboard: bool) -> Result<Self> {
+        let open = |name: &str, step: usize| -> Result<JsonlAppender> {
             let path = dir.join(name);
             // A line torn by a crash is cut off first.
             drop(JsonlAppender::open(&path)?);
@@ -37,7 +38,7 @@ impl Logs {
             Ok(JsonlAppender::open(&path)?.0)
         };
         let events = tensorboard.then(|| EventWriter::create(&dir.join("runs"), step)).transpose()?;
-        Ok(Self { train: open("train_log.jsonl")?, eval: open("eval_log.jsonl")?, events })
+        Ok(Self { train: open("train_log.jsonl", step)?, eval: open("eval_log.jsonl", evaluated)?, events })
     }
 
     /// Appends a training entry.

@@ -130,6 +130,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         peak_memory_bytes: None,
     };
     info.write(&settings.output_dir)?;
+    // An evaluation that is still due is made again, whatever a run that went on from here has logged.
+    let evaluated = state.step - usize::from(state.evaluation_due).min(state.step);
     let mut training = Training {
         settings,
         plan: &plan,
@@ -138,7 +140,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         companions: &companions,
         model: model.tracked(),
         optimizer,
-        logs: Logs::open(&settings.output_dir, state.step, settings.tensorboard)?,
+        logs: Logs::open(&settings.output_dir, state.step, evaluated, settings.tensorboard)?,
         hints: Hints::new(settings),
         state,
         epoch: None,
