@@ -28,7 +28,7 @@ pub use generate::{Completion, Generator, Request, Stop};
 pub use layout::{Role, Spec};
 pub use lora::{Lora, LoraSettings, Targets};
 pub use model::{Decoder, Weight};
-pub use recompute::Recompute;
+pub use recompute::{Recompute, add_gradient};
 pub use rope::{Rope, RopeKind};
 pub use sampling::Sampling;
 pub use weights::model_hash;

@@ -72,12 +72,17 @@ impl Decoder {
     /// Adds what a tape found; a tied embedding is in two of them.
     fn collect(&self, totals: &mut [Option<Tensor<2>>], gradients: &mut Gradients) {
         for (total, weight) in totals.iter_mut().zip(self.trained()) {
-            *total = match (total.take(), weight.tensor.grad_remove(gradients)) {
-                (Some(total), Some(gradient)) => Some(total + gradient),
-                (total, gradient) => total.or(gradient),
-            };
+            add_gradient(total, weight.tensor.grad_remove(gradients));
         }
     }
+}
+
+/// Adds a gradient to a sum; either may be missing.
+pub fn add_gradient(total: &mut Option<Tensor<2>>, gradient: Option<Tensor<2>>) {
+    *total = match (total.take(), gradient) {
+        (Some(total), Some(gradient)) => Some(total + gradient),
+        (total, gradient) => total.or(gradient),
+    };
 }
 
 /// Gradients of a tape whose output has this gradient.

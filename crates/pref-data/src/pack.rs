@@ -1,7 +1,6 @@
 //! Packing: pairs become rows `shared ++ chosen tail ++ rejected tail`, concatenated without padding.
 
 use crate::PairTokens;
-use crate::tokenize::common_prefix;
 
 /// One pair in a packed batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,8 +66,7 @@ impl Packed {
 
     fn push(&mut self, pair: u32, tokens: &PairTokens) {
         let prompt = tokens.prompt.len();
-        let common =
-            if tokens.context == [0; 2] { common_prefix(&tokens.chosen, &tokens.rejected) } else { 0 };
+        let common = tokens.common();
         let (shared, start) = (prompt + common, self.tokens.len());
         self.tokens.extend(&tokens.prompt);
         self.tokens.extend(&tokens.chosen[..common]);

@@ -19,6 +19,13 @@ pub struct PairTokens {
     pub context: [usize; 2],
 }
 
+impl PairTokens {
+    /// Tokens that both completions start with; none where their contexts differ.
+    pub fn common(&self) -> usize {
+        if self.context == [0; 2] { common_prefix(&self.chosen, &self.rejected) } else { 0 }
+    }
+}
+
 impl Tokenizer {
     /// Tokenizes one pair (`DPOTrainer._prepare_dataset`). Plain completions get the end-of-sequence
     /// token where it is missing. The completion starts where the prompt alone and prompt + completion

@@ -1,13 +1,13 @@
 //! The best evaluation: which it is, when to stop waiting for a better one, and going back to it.
 
-use std::path::Path;
-
 use anyhow::{Result, anyhow};
-use decoder::{Decoder, Lora};
+use decoder::Decoder;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{BestSoFar, State};
-use crate::settings::{Every, Settings};
+use crate::checksums;
+use crate::policy;
+use crate::settings::Settings;
 
 /// What follows from an evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,8 +44,7 @@ pub fn judge(
         state.best_seen = Some(value);
     }
     let stop = best.patience.is_some_and(|patience| state.stale >= patience);
-    // A run that stops here writes a checkpoint where steps are counted.
-    let saved = saved || (stop && matches!(settings.save, Every::Steps(_)));
+    let saved = saved || (stop && settings.saves_at_end());
     if state.best.is_none_or(|old| gain(old.value) > 0.0) && (saved || !best.load) {
         state.best = Some(BestSoFar { value, step: state.step });
     }
@@ -62,7 +61,11 @@ pub fn load(settings: &Settings, state: &State, model: &mut Decoder) -> Option<S
         return Some(text);
     }
     let dir = settings.output_dir.join(format!("checkpoint-{}", found.step));
-    match read(&dir, model) {
+    let read = || {
+        checksums::verify(&dir)?;
+        policy::restored(model.frozen(), &dir)
+    };
+    match read() {
         Ok(loaded) => {
             *model = loaded;
             Some(text)
@@ -71,14 +74,4 @@ pub fn load(settings: &Settings, state: &State, model: &mut Decoder) -> Option<S
             Some(format!("WARNING: {text}, but {error:#}; the weights of the last step are kept instead"))
         }
     }
-}
-
-fn read(dir: &Path, model: &Decoder) -> Result<Decoder> {
-    crate::checksums::verify(dir)?;
-    let old = model.frozen();
-    if old.lora().is_none() {
-        return Ok(Decoder::load(dir, &old.device())?);
-    }
-    let lora = Lora::load(dir, &old)?;
-    Ok(old.with_lora(Some(lora)))
 }

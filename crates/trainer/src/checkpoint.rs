@@ -145,7 +145,7 @@ impl Snapshot<'_> {
             remove(&temporary).ok();
         }
         written?;
-        if target.exists() && !is_ours(&target) {
+        if target.exists() && !checksums::are_in(&target) {
             bail!("{}: is not a checkpoint of this program, or a broken one; move it away", target.display());
         }
         remove(&target).with_context(context)?;
@@ -174,7 +174,8 @@ impl Snapshot<'_> {
         let keeps_best = self.settings.best.as_ref().is_some_and(|best| best.load);
         let best = self.state.best.filter(|_| keeps_best).map(|best| best.step);
         let mut all = list(&self.settings.output_dir)?;
-        all.retain(|(_, path)| is_ours(path));
+        // No other directory is ever deleted.
+        all.retain(|(_, path)| checksums::are_in(path));
         // Those beyond this step are of a run that went on from there and was given up.
         all.sort_by_key(|(step, _)| (*step <= self.state.step, *step));
         let excess = all.len().saturating_sub(limit);
@@ -184,11 +185,6 @@ impl Snapshot<'_> {
         }
         Ok(())
     }
-}
-
-/// Only checkpoints made here have checksums; no other directory is ever deleted.
-fn is_ours(checkpoint: &Path) -> bool {
-    checkpoint.join("checksums.json").exists()
 }
 
 fn remove(dir: &Path) -> std::io::Result<()> {

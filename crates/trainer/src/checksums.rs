@@ -9,6 +9,11 @@ use pref_data::write_atomic;
 
 const FILE: &str = "checksums.json";
 
+/// The directory has checksums: a run of this program made it.
+pub fn are_in(dir: &Path) -> bool {
+    dir.join(FILE).exists()
+}
+
 /// Hashes every file of a directory into `checksums.json`.
 pub fn write(dir: &Path) -> Result<()> {
     let mut sums = BTreeMap::new();

@@ -8,9 +8,7 @@ use pref_data::{Dataset, Tokenizer};
 pub fn print(out: &mut impl Write, tokenizer: &Tokenizer, rows: &Dataset, n: usize) -> Result<()> {
     for row in rows.iter().take(n) {
         let tokens = &row.tokens;
-        let common = || tokens.chosen.iter().zip(&tokens.rejected).take_while(|(a, b)| a == b).count();
-        let [a, b] = tokens.context;
-        let shared = if a + b == 0 { common() } else { 0 };
+        let ([a, b], shared) = (tokens.context, tokens.common());
         writeln!(
             out,
             "row {} (id {}): prompt {}, chosen {}, rejected {}, shared start of the completions {shared}",

@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pref_data::{JsonlAppender, read_jsonl, write_jsonl};
 use serde_json::{Map, Value};
 
+use crate::checksums;
 use crate::tensorboard::EventWriter;
 
 /// `train_log.jsonl` and `eval_log.jsonl` of a run.
@@ -90,7 +91,7 @@ pub fn ours(dir: &Path) -> Result<Vec<PathBuf>> {
 
 fn is_our_directory(path: &Path, name: &str) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let whole = name.strip_prefix("checkpoint-").is_some_and(number) && path.join("checksums.json").exists();
+    let whole = name.strip_prefix("checkpoint-").is_some_and(number) && checksums::are_in(path);
     let half =
         name.strip_prefix(".checkpoint-").and_then(|rest| rest.strip_suffix(".tmp")).is_some_and(number);
     whole || half || (name == "adapter" && path.join("adapter_config.json").exists())

@@ -1,7 +1,7 @@
 //! Optimizers over the trained weights of a decoder, with clipping by the global norm.
 
 use burn::tensor::Tensor;
-use decoder::{Decoder, Role, Weight};
+use decoder::{Decoder, Role, Weight, add_gradient};
 use fused_ops::{AdamW, Moments, sum_of_squares};
 use serde::Serialize;
 
@@ -83,10 +83,7 @@ impl Optimizer {
     /// Adds a micro-batch's gradients.
     pub fn accumulate(&mut self, gradients: Vec<Option<Tensor<2>>>) {
         for (total, gradient) in self.gradients.iter_mut().zip(gradients) {
-            *total = match (total.take(), gradient) {
-                (Some(total), Some(gradient)) => Some(total + gradient),
-                (total, gradient) => total.or(gradient),
-            };
+            add_gradient(total, gradient);
         }
     }
 

@@ -43,10 +43,10 @@ impl Reference {
 }
 
 /// The policy at the start of the run: all weights of `base`, or `base` with an adapter.
-pub fn policy(settings: &Settings, base: Decoder, resume: Option<&Path>, device: &Device) -> Result<Decoder> {
+pub fn policy(settings: &Settings, base: Decoder, resume: Option<&Path>) -> Result<Decoder> {
     let Some(peft) = &settings.peft else {
         return match resume {
-            Some(dir) => Ok(Decoder::load(dir, device)?),
+            Some(dir) => restored(base, dir),
             None => Ok(base),
         };
     };
@@ -64,6 +64,15 @@ fn loaded(peft: &PeftSettings, dir: &Path, base: &Decoder) -> Result<Lora> {
     let lora = Lora::load(dir, base).with_context(|| format!("--adapter-path {}", dir.display()))?;
     peft.check_loaded(&lora).map_err(|reason| anyhow!(reason))?;
     Ok(lora)
+}
+
+/// A model with the weights of a checkpoint: its adapter's, or all of them.
+pub fn restored(model: Decoder, dir: &Path) -> Result<Decoder> {
+    if model.lora().is_none() {
+        return Ok(Decoder::load(dir, &model.device())?);
+    }
+    let lora = Lora::load(dir, &model)?;
+    Ok(model.with_lora(Some(lora)))
 }
 
 /// Everything that the output directory is to hold of the model.

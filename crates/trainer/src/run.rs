@@ -77,7 +77,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         companions.set_chat_template(tokenizer.template_text());
     }
     let report = preflight::data_report(&data.train, &tokenizer);
-    let model = policy::policy(settings, base, resume.as_deref(), &device)?;
+    let model = policy::policy(settings, base, resume.as_deref())?;
     let memory = MemoryPlan::new(settings, &model, plan.most_tokens());
     for line in preflight::lines(settings, &report, &memory, plan.total) {
         say(&line);

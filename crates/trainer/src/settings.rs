@@ -306,6 +306,12 @@ fn fraction(name: &str, value: f64) -> Result<f64, String> {
 }
 
 impl Settings {
+    /// A run that ends, early or not, writes a checkpoint where steps are counted, as transformers does, so that
+    /// nothing is lost if the model cannot be written.
+    pub fn saves_at_end(&self) -> bool {
+        matches!(self.save, Every::Steps(_))
+    }
+
     /// What is summed for each row.
     pub fn scoring(&self) -> Scoring {
         let batch = self.per_device_train_batch_size.filter(|_| self.loss.needs_mismatched());

@@ -103,12 +103,10 @@ impl Training<'_> {
         Ok(Outcome::Done)
     }
 
-    /// A checkpoint is due: at its steps, and where they are counted also at the end, as transformers does, so
-    /// that nothing is lost if the model cannot be written.
+    /// A checkpoint is due.
     fn saves(&self) -> bool {
         let ends = self.state.step == self.plan.total || self.state.stopped;
-        self.plan.is_due(self.settings.save, self.state.step)
-            || (ends && matches!(self.settings.save, Every::Steps(_)))
+        self.plan.is_due(self.settings.save, self.state.step) || (ends && self.settings.saves_at_end())
     }
 
     /// Errors where a weight is not a finite number: what is saved must be of use.
