@@ -49,7 +49,7 @@ impl Decoder {
 
     /// A model of the same configuration with the weights in `dir`.
     pub fn with_weights_of(&self, dir: &Path) -> Result<Self, Error> {
-        Self::read(self.config().clone(), dir, &self.device(), DType::F32)
+        Ok(Self::read(self.config().clone(), dir, &self.device(), DType::F32)?.computing_in(self.compute()))
     }
 
     fn read(config: Config, dir: &Path, device: &Device, matrices: DType) -> Result<Self, Error> {

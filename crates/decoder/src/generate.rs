@@ -152,7 +152,7 @@ impl Generator {
     fn new_cache(&self) -> Cache {
         let config = self.model.config();
         let shape = [self.slots * self.capacity, config.heads.kv * config.heads.dim];
-        let empty = || Tensor::zeros(shape, &self.model.device());
+        let empty = || Tensor::zeros(shape, (&self.model.device(), self.model.compute()));
         Cache { layers: config.layers.iter().map(|_| Some((empty(), empty()))).collect() }
     }
 

@@ -1,7 +1,7 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of a model, with PEFT's definitions.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use fused_ops::linear;
+use fused_ops::{linear, row_norms, upload};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use safetensors::Dtype;
 
 use crate::Decoder;
 use crate::layout::Role;
-use crate::model::{Weight, single, to_vec};
+use crate::model::{Weight, as_type, single, to_vec};
 
 /// Which projections are adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Dropout {
                 *value = if rng.random::<f64>() < self.rate { 0.0 } else { keep };
             }
         });
-        let mask = Tensor::from_data(TensorData::new(mask, [rows, cols]), &x.device());
+        let mask = as_type(upload(mask, [rows, cols], &x), x.dtype());
         x * mask
     }
 }
@@ -148,7 +148,8 @@ impl Lora {
             rng.set_stream(n as u64);
             let a = (0..rank * inner).map(|_| rng.random_range(-bound..bound)).collect();
             let parts = [(a, [rank, inner]), (vec![0.0; out * rank], [out, rank])];
-            let magnitude = lora.settings.dora.then(|| row_norms(&base.tensor.clone().inner()));
+            let magnitude =
+                lora.settings.dora.then(|| to_vec(row_norms(&single(base.tensor.clone().inner()))));
             lora.push(index, module(base).to_string(), parts, magnitude, &device);
         }
         Ok(lora)
@@ -228,9 +229,10 @@ impl Lora {
         let Some(magnitude) = adapter.magnitude else { return base + update };
         // The norms are constants of the gradient (section 4.3 of the DoRA paper).
         let norms = row_norms(&(single(weight.clone().inner()) + self.update(adapter)));
-        let norms =
-            Tensor::<2>::from_data(TensorData::new(norms, self.tensor(magnitude).dims()), &base.device());
-        let factor = self.tensor(magnitude) / norms;
+        let magnitude = self.tensor(magnitude);
+        let norms = norms.reshape(magnitude.dims());
+        let norms = if magnitude.device().is_autodiff() { Tensor::from_inner(norms) } else { norms };
+        let factor = as_type(magnitude / norms, base.dtype());
         match dropout {
             None => (base + update) * factor,
             Some(_) => base + linear(input, weight) * (factor.clone() - 1.0) + update * factor,
@@ -255,19 +257,10 @@ impl Decoder {
             let mut tensor = single(weight.tensor.clone()) + lora.update(adapter);
             if let Some(magnitude) = adapter.magnitude {
                 let norms = row_norms(&tensor);
-                let rows = norms.len();
-                let norms = Tensor::<2>::from_data(TensorData::new(norms, [rows, 1]), &tensor.device());
-                tensor = tensor * (lora.tensor(magnitude).inner().reshape([rows, 1]) / norms);
+                tensor = tensor * (lora.tensor(magnitude).inner().reshape(norms.dims()) / norms);
             }
             weight.tensor = tensor;
         }
         model
     }
-}
-
-/// Euclidean norm of each row, summed in `f64`.
-fn row_norms(weight: &Tensor<2>) -> Vec<f32> {
-    let cols = weight.dims()[1];
-    let squares = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-    to_vec(weight.clone()).par_chunks(cols).map(|row| squares(row).sqrt() as f32).collect()
 }

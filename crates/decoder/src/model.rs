@@ -1,7 +1,9 @@
 //! The decoder: shared blocks over a flat list of weights.
 
-use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData, activation};
-use fused_ops::{HeadOutput, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary};
+use burn::tensor::{DType, Device, Distribution, Tensor, activation};
+use fused_ops::{
+    HeadOutput, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary, select,
+};
 use safetensors::Dtype;
 
 use crate::layout::{Block, Inner, Projection, Qkv, Role, Structure, lay_out};
@@ -40,6 +42,7 @@ pub struct Decoder {
     structure: Structure,
     lora: Option<Lora>,
     dropout: Option<Dropout>,
+    compute: DType,
 }
 
 impl Decoder {
@@ -47,7 +50,7 @@ impl Decoder {
     pub(crate) fn assemble(config: Config, weights: Vec<Weight>) -> Self {
         let (specs, structure) = lay_out(&config);
         assert_eq!(specs.len(), weights.len(), "the list has every weight of the configuration");
-        Self { config, weights, structure, lora: None, dropout: None }
+        Self { config, weights, structure, lora: None, dropout: None, compute: DType::F32 }
     }
 
     /// A model of this shape with random weights: normal with standard deviation 0.02 (the output
@@ -131,6 +134,19 @@ impl Decoder {
         self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
     }
 
+    /// The same model with matrix products, attention and activations in another data type: `BF16` where the
+    /// backend has it. Weights, the residual stream, norms, softmax and losses stay `f32`.
+    #[must_use]
+    pub fn computing_in(mut self, compute: DType) -> Self {
+        self.compute = compute;
+        self
+    }
+
+    /// Data type of the matrix products.
+    pub fn compute(&self) -> DType {
+        self.compute
+    }
+
     /// The device of the weights, without autodiff.
     pub fn device(&self) -> Device {
         self.weights[0].tensor.device().inner()
@@ -207,7 +223,7 @@ impl Decoder {
         for layer in 0..self.structure.blocks.len() {
             x = self.block(layer, x, &tables, |q, k, v| attend(layer, q, k, v));
         }
-        self.norm(x, Some(self.structure.final_norm))
+        self.normed(x, Some(self.structure.final_norm))
     }
 
     /// Input of the first block.
@@ -241,7 +257,7 @@ impl Decoder {
         attend: impl FnOnce(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
         let block = &self.structure.blocks[layer];
-        let [mut q, mut k, v] = self.qkv(self.norm(x.clone(), block.attention_norm), block);
+        let [mut q, mut k, v] = self.qkv(self.normed(x.clone(), block.attention_norm), block);
         if let Some([q_norm, k_norm]) = block.qk_norm {
             (q, k) = (self.rms(q, q_norm), self.rms(k, k_norm));
         }
@@ -249,9 +265,10 @@ impl Decoder {
             (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
         }
         let attended = self.project(attend(q, k, v), block.out);
-        let x = x + scaled(self.norm(attended, block.attention_post_norm), self.config.residual_scale);
-        let inner = self.feed_forward(self.norm(x.clone(), block.mlp_norm), block);
-        x + scaled(self.norm(inner, block.mlp_post_norm), self.config.residual_scale)
+        let residual = |part, norm| scaled(single(self.norm(part, norm)), self.config.residual_scale);
+        let x = x + residual(attended, block.attention_post_norm);
+        let inner = self.feed_forward(self.normed(x.clone(), block.mlp_norm), block);
+        x + residual(inner, block.mlp_post_norm)
     }
 
     fn qkv(&self, x: Tensor<2>, block: &Block) -> [Tensor<2>; 3] {
@@ -295,7 +312,10 @@ impl Decoder {
             None => linear(x, weight),
         };
         match p.bias {
-            Some(bias) => out + self.weight(bias),
+            Some(bias) => {
+                let bias = as_type(self.weight(bias), out.dtype());
+                out + bias
+            }
             None => out,
         }
     }
@@ -317,6 +337,11 @@ impl Decoder {
         }
     }
 
+    /// A norm of the residual stream, as input of a projection.
+    fn normed(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
+        as_type(self.norm(x, norm), self.compute)
+    }
+
     fn rows(&self, table: usize, rows: &[u32]) -> Tensor<2> {
         single(select(self.weight(table), rows))
     }
@@ -336,7 +361,7 @@ impl Decoder {
 
     /// Final norm and head on what the last block returns.
     pub(crate) fn finish(&self, x: Tensor<2>, batch: &Batch) -> HeadOutput {
-        self.head(self.norm(x, Some(self.structure.final_norm)), batch)
+        self.head(self.normed(x, Some(self.structure.final_norm)), batch)
     }
 
     /// [`Decoder::score`] read back to the host, without autodiff.
@@ -347,7 +372,7 @@ impl Decoder {
 
     /// Logits for the given rows of hidden states, `[rows, vocab]`.
     pub fn logits(&self, hidden: Tensor<2>, rows: &[u32]) -> Tensor<2> {
-        let products = linear(select(hidden, rows), self.weight(self.structure.head));
+        let products = single(linear(select(hidden, rows), self.weight(self.structure.head)));
         let logits = scaled(products, self.config.logits.scale);
         match self.config.logits.softcap {
             Some(cap) => (logits / cap).tanh() * cap,
@@ -358,18 +383,16 @@ impl Decoder {
 
 /// As 32-bit floats.
 pub(crate) fn single(x: Tensor<2>) -> Tensor<2> {
-    if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
+    as_type(x, DType::F32)
+}
+
+/// In this data type.
+pub(crate) fn as_type(x: Tensor<2>, dtype: DType) -> Tensor<2> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
 }
 
 fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
     if factor == 1.0 { x } else { x * factor }
-}
-
-/// Rows of a table, `[rows.len(), cols]`.
-fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
-    let ids: Vec<i64> = rows.iter().map(|&row| i64::from(row)).collect();
-    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [rows.len()]), &table.device());
-    table.select(0, ids)
 }
 
 /// A float tensor's values, converted to `f32`.

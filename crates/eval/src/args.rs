@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use backend::Backend;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use hub::DataRequest;
 
 /// Sample from language models and measure them.
@@ -77,6 +78,9 @@ pub struct SampleArgs {
     /// The day that chat templates are told (some write it into the prompt) [default: today].
     #[arg(long, value_name = "YYYY-MM-DD", conflicts_with = "endpoint")]
     pub template_date: Option<jiff::civil::Date>,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Base URL of an OpenAI-compatible server instead of a local model.
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
@@ -118,6 +122,9 @@ pub struct PairsArgs {
     /// Pairs that run together.
     #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Where tokenized data is cached.
     #[arg(long, value_name = "DIR")]
     pub token_cache_dir: Option<PathBuf>,
@@ -127,6 +134,50 @@ pub struct PairsArgs {
     /// The day that chat templates are told (some write it into the prompt) [default: today].
     #[arg(long, value_name = "YYYY-MM-DD")]
     pub template_date: Option<jiff::civil::Date>,
+}
+
+/// Flags that say where a model computes, and in what.
+#[derive(Debug, Clone, Args)]
+pub struct DeviceArgs {
+    /// Backend; a binary has those it was built with [default: flex].
+    #[arg(long, value_enum, env = backend::ENV)]
+    pub backend: Option<Backend>,
+    /// Device of the backend, from 0 [default: the first].
+    #[arg(long, value_name = "N")]
+    pub device: Option<usize>,
+    /// Name the devices of every backend this binary was built with, and exit.
+    #[arg(long, exclusive = true)]
+    pub list_devices: bool,
+    /// bfloat16 holds weights and computes in 16 bits where the backend does (tch, cuda) [default: float32].
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+}
+
+/// Data types that models compute in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// 32-bit floats.
+    Float32,
+    /// 16-bit brain floats.
+    Bfloat16,
+}
+
+impl DeviceArgs {
+    /// The backend.
+    pub fn backend(&self) -> Backend {
+        self.backend.unwrap_or(Backend::Flex)
+    }
+
+    /// Weights and products are of 16 bits.
+    pub fn is_narrow(&self) -> bool {
+        self.dtype == Some(Dtype::Bfloat16)
+    }
+
+    /// Anything was given, the environment aside.
+    pub fn is_given(&self) -> bool {
+        let of_environment = std::env::var_os(backend::ENV).is_some();
+        (self.backend.is_some() && !of_environment) || self.device.is_some() || self.dtype.is_some()
+    }
 }
 
 /// Flags that say how to read a data set.

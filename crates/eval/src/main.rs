@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use eval::args::{Cli, Command, SampleArgs};
 use eval::sample::{INTERRUPTED, Outcome};
 use eval::{data, pairs, sample, served};
@@ -16,9 +17,21 @@ use indicatif::{ProgressBar, ProgressStyle};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[allow(clippy::print_stderr)]
+#[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {
+    let given: Vec<String> = std::env::args().skip(1).collect();
+    if matches!(&given[..], [flag] | [_, flag] if flag == "--list-devices") {
+        println!("{}", backend::devices().join("\n"));
+        return ExitCode::SUCCESS;
+    }
     let cli = Cli::parse();
+    if let Command::Sample(SampleArgs { endpoint: Some(_), device, .. }) = &cli.command
+        && device.is_given()
+    {
+        let reason =
+            "--backend, --device and --dtype are of a local model; with --endpoint the server decides";
+        Cli::command().error(ErrorKind::ArgumentConflict, reason).exit();
+    }
     // A second Ctrl-C ends the process at once.
     let handler = ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {

@@ -3,9 +3,40 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use burn::tensor::Device;
-use decoder::{Decoder, Lora, adapter_base};
+use backend::Opened;
+use burn::tensor::DType;
+use decoder::{Config, Decoder, Lora, adapter_base};
 use hub::{Hub, announce};
+
+use crate::args::DeviceArgs;
+
+/// A device, checked, and the data type that models compute in there.
+pub struct Target {
+    opened: Opened,
+    dtype: DType,
+}
+
+impl Target {
+    /// Opens what was asked for.
+    pub fn open(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
+        let backend = args.backend();
+        let dtype = if args.is_narrow() { DType::BF16 } else { DType::F32 };
+        if args.is_narrow() && !backend.has_bfloat16() {
+            let error = backend::Error::Dtype { backend, dtype: "bfloat16" };
+            return Err(error.into());
+        }
+        let opened = backend.open(args.device)?;
+        backend::self_check(&opened)?;
+        if args.is_given() {
+            tell(&format!(
+                "device: {}, {}",
+                opened.name,
+                if args.is_narrow() { "bfloat16" } else { "float32" }
+            ));
+        }
+        Ok(Self { opened, dtype })
+    }
+}
 
 /// A model to evaluate.
 pub struct Model {
@@ -47,12 +78,17 @@ impl Model {
         Ok(decoder::model_hash(&self.dir)? + &base)
     }
 
-    /// Loads it; an adapter is added into the weights.
-    pub fn load(&self) -> Result<Decoder> {
-        let device = Device::flex();
-        let Some(base) = &self.base else { return Ok(Decoder::load(&self.dir, &device)?) };
-        let base = Decoder::load(base, &device)?;
-        let lora = Lora::load(&self.dir, &base)?;
-        Ok(base.with_lora(Some(lora)).merged())
+    /// Loads it onto a device; an adapter is added into the weights.
+    pub fn load(&self, to: &Target) -> Result<Decoder> {
+        let dir = self.config_dir();
+        for weight in Config::from_file(&dir.join("config.json"))?.weights() {
+            to.opened.check_tensor(&weight.name, 4 * weight.shape.iter().product::<usize>() as u64)?;
+        }
+        let model = Decoder::load_as(dir, &to.opened.device, to.dtype)?.computing_in(to.dtype);
+        if self.base.is_none() {
+            return Ok(model);
+        }
+        let lora = Lora::load(&self.dir, &model)?;
+        Ok(model.with_lora(Some(lora)).merged())
     }
 }

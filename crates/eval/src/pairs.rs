@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::args::{PairsArgs, template_time};
 use crate::bootstrap::{Estimate, mean};
-use crate::models::Model;
+use crate::models::{Model, Target};
 use crate::report;
 use crate::sample::INTERRUPTED;
 use crate::score::{PairScore, score};
@@ -68,8 +68,9 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         Tokenizer::load(model.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let (split, data) = load(args, &hub, &tokenizer, &tell)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
+    let target = Target::open(&args.device, &tell)?;
     let scored = |found: &Model| -> Result<Vec<PairScore>> {
-        let (model, dir) = (found.load()?, &found.dir);
+        let (model, dir) = (found.load(&target)?, &found.dir);
         check_fit(&data, &model, dir)?;
         let mut done = 0;
         let scores = score(&model, &data, args.batch_size, |rows| {

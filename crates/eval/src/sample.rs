@@ -15,7 +15,7 @@ use pref_data::{
 use serde_json::{Value, json};
 
 use crate::args::{SampleArgs, template_time};
-use crate::models::Model;
+use crate::models::{Model, Target};
 
 /// Set by Ctrl-C.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -169,7 +169,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     let tokenizer =
         Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let sampling = sampling(args)?;
-    let model = found.load()?;
+    let model = found.load(&Target::open(&args.device, &|line| tell_line(line))?)?;
     let mut eos = eos_ids(found.config_dir())?;
     eos.extend(tokenizer.eos_id());
     let mut requests = Vec::new();
@@ -184,7 +184,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     let settings = json!({
         "model": args.model, "weights": found.hash()?, "chat_template": tokenizer.template_text(),
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-        "seed": args.seed,
+        "seed": args.seed, "dtype": if args.device.is_narrow() { "bfloat16" } else { "float32" },
     });
     let mut answers = Answers::open(&args.out, &settings, &prompts)?;
     requests.retain(|request| !answers.has(&prompts[request.index].id));

@@ -1,4 +1,5 @@
-//! AdamW with decoupled weight decay, in place where the tensor is not shared.
+//! AdamW with decoupled weight decay, in place where the tensor is not shared, and norms. Nothing is read back
+//! from the device.
 
 use burn::tensor::Tensor;
 
@@ -13,8 +14,6 @@ pub struct AdamW {
     pub beta2: f32,
     /// Added to the root of the second moment.
     pub eps: f32,
-    /// Decoupled weight decay; the parameter is multiplied by `1 - lr · weight_decay`.
-    pub weight_decay: f64,
     /// Number of this step, from 1.
     pub step: u32,
 }
@@ -36,61 +35,83 @@ impl Moments {
     }
 }
 
+/// One parameter on its way through a step, without autodiff association.
+pub struct Parameter {
+    /// Values.
+    pub value: Tensor<2>,
+    /// Their gradient.
+    pub gradient: Tensor<2>,
+    /// What is kept between steps.
+    pub moments: Moments,
+    /// Decoupled weight decay; the values are multiplied by `1 - lr · weight_decay`.
+    pub weight_decay: f64,
+}
+
 impl AdamW {
-    /// One step. `parameter` and `gradient` have no autodiff association; the gradient is multiplied by
-    /// `scale` first. Works in place where a tensor has no other owner.
+    /// One step of all parameters; their gradients are multiplied by `factor`, `[1]`, first. Works in place where a
+    /// tensor has no other owner.
     pub fn update(
         &self,
-        parameter: Tensor<2>,
-        gradient: Tensor<2>,
-        moments: Moments,
-        scale: f32,
-    ) -> (Tensor<2>, Moments) {
-        #[cfg(feature = "flex")]
-        if crate::fused(&parameter) {
-            return self.update_flex(parameter, &gradient, moments, scale);
+        parameters: Vec<Parameter>,
+        factor: Option<&Tensor<1>>,
+    ) -> Vec<(Tensor<2>, Moments)> {
+        #[cfg(feature = "tch")]
+        if parameters.first().is_some_and(|p| crate::libtorch::holds(&p.value)) {
+            return crate::libtorch::adamw(self, parameters, factor);
         }
-        let gradient = gradient * scale;
+        #[cfg(feature = "flex")]
+        if parameters.first().is_some_and(|p| crate::flex::holds(&p.value)) {
+            let scale = factor.map_or(1.0, |factor| crate::flex::values(factor)[0]);
+            return parameters.into_iter().map(|p| crate::flex::adamw(self, p, scale)).collect();
+        }
+        let factor = factor.map(|factor| factor.clone().reshape([1, 1]));
+        parameters.into_iter().map(|parameter| self.composed(parameter, factor.as_ref())).collect()
+    }
+
+    /// Of one parameter, by Burn's own operations.
+    fn composed(&self, parameter: Parameter, factor: Option<&Tensor<2>>) -> (Tensor<2>, Moments) {
+        let Parameter { value, gradient, moments, weight_decay } = parameter;
+        let gradient = match factor {
+            Some(factor) => gradient * factor.clone(),
+            None => gradient,
+        };
         let first = moments.first * self.beta1 + gradient.clone() * (1.0 - self.beta1);
         let second = moments.second * self.beta2 + gradient.square() * (1.0 - self.beta2);
         let correction1 = 1.0 - f64::from(self.beta1).powi(self.step as i32);
         let correction2 = 1.0 - f64::from(self.beta2).powi(self.step as i32);
         let denominator = second.clone().sqrt() / correction2.sqrt() + self.eps;
         let step = first.clone() / denominator * (self.lr / correction1);
-        let parameter = parameter * (1.0 - self.lr * self.weight_decay) - step;
-        (parameter, Moments { first, second })
-    }
-
-    #[cfg(feature = "flex")]
-    fn update_flex(
-        &self,
-        parameter: Tensor<2>,
-        gradient: &Tensor<2>,
-        moments: Moments,
-        scale: f32,
-    ) -> (Tensor<2>, Moments) {
-        use burn::backend::Flex;
-        use burn::backend::flex::FlexTensor;
-        let primitive = |t: Tensor<2>| -> FlexTensor {
-            let t = t.try_into_primitive::<Flex>().expect("checked: a Flex tensor");
-            if t.is_contiguous() && t.layout().start_offset() == 0 { t } else { t.to_contiguous() }
-        };
-        let (mut p, g) = (primitive(parameter), primitive(gradient.clone()));
-        let (mut m, mut v) = (primitive(moments.first), primitive(moments.second));
-        let (p_data, m_data, v_data) = (p.storage_mut(), m.storage_mut(), v.storage_mut());
-        crate::kernels::adamw::step(self, p_data, g.storage(), m_data, v_data, scale);
-        let tensor = Tensor::from_primitive::<Flex>;
-        (tensor(p), Moments { first: tensor(m), second: tensor(v) })
+        let value = value * (1.0 - self.lr * weight_decay) - step;
+        (value, Moments { first, second })
     }
 }
 
-/// Sum of the squares of all elements, in `f64`. Reads back from the device.
-pub fn sum_of_squares(tensor: &Tensor<2>) -> f64 {
-    #[cfg(feature = "flex")]
-    if crate::fused(tensor) {
-        let primitive = tensor.clone().try_into_primitive::<burn::backend::Flex>();
-        let primitive = primitive.expect("checked: a Flex tensor").to_contiguous();
-        return crate::kernels::adamw::sum_of_squares(primitive.storage());
+/// Euclidean norm of all elements of all tensors together, `[1]`; on Flex summed in `f64`.
+pub fn norm(tensors: &[&Tensor<2>]) -> Tensor<1> {
+    assert!(!tensors.is_empty(), "the norm of no tensor has no device");
+    #[cfg(feature = "tch")]
+    if crate::libtorch::holds(tensors[0]) {
+        return crate::libtorch::norm(tensors);
     }
-    f64::from(tensor.clone().square().sum().into_scalar::<f32>())
+    #[cfg(feature = "flex")]
+    if crate::flex::holds(tensors[0]) {
+        return crate::flex::norm(tensors);
+    }
+    let squares = tensors.iter().map(|&tensor| tensor.clone().square().sum()).collect();
+    Tensor::cat(squares, 0).sum().sqrt()
+}
+
+/// What gradients of this norm, `[1]`, are multiplied by so that theirs is `max_norm` at most
+/// (`torch.nn.utils.clip_grad_norm_`).
+pub fn clip_factor(norm: &Tensor<1>, max_norm: f64) -> Tensor<1> {
+    ((norm.clone() + 1e-6).recip() * max_norm).clamp_max(1.0)
+}
+
+/// Euclidean norm of each row, `[rows, 1]`; on Flex summed in `f64`. Not differentiated.
+pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if crate::flex::holds(weight) {
+        return crate::flex::row_norms(weight);
+    }
+    weight.clone().square().sum_dim(1).sqrt()
 }

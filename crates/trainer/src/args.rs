@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use backend::Backend;
 use clap::{Parser, ValueEnum};
 
 use crate::data_args::DataArgs;
@@ -165,13 +166,19 @@ pub struct Args {
     pub ref_cache_dir: Option<PathBuf>,
 
     /// Backend; a binary has those it was built with.
-    #[arg(long, value_enum, default_value = "flex")]
+    #[arg(long, value_enum, default_value = "flex", env = backend::ENV)]
     pub backend: Backend,
-    /// Data type of the weights that are not trained: bfloat16 halves the memory of an adapter's base model.
-    /// What is trained, and all arithmetic, is float32.
+    /// Device of the backend, from 0 [default: the first].
+    #[arg(long, value_name = "N")]
+    pub device: Option<usize>,
+    /// Name the devices of every backend this binary was built with, and exit.
+    #[arg(long, exclusive = true)]
+    pub list_devices: bool,
+    /// bfloat16 computes matrix products and attention in 16 bits where the backend does (tch, cuda), with float32
+    /// weights, gradients, softmax and losses; an adapter's base model is then held in 16 bits, with any CPU backend.
     #[arg(long, value_enum, default_value = "float32")]
     pub dtype: Dtype,
-    /// TRL's switch for mixed precision; only False here.
+    /// TRL's switch for mixed precision: True is the arithmetic of --dtype bfloat16.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
     pub bf16: Option<bool>,
     /// Keep only the input of each block and compute the block again in the backward pass: much less memory, about
@@ -239,19 +246,6 @@ pub enum Strategy {
     Steps,
     /// At the end of each epoch.
     Epoch,
-}
-
-/// Backends that may be built in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Backend {
-    /// Pure Rust, CPU.
-    Flex,
-    /// LibTorch, CPU.
-    Tch,
-    /// LibTorch, CUDA.
-    Cuda,
-    /// Vulkan, Metal or DirectX 12.
-    Wgpu,
 }
 
 /// Data types of the weights.

@@ -92,6 +92,8 @@ pub fn fingerprint(
         ("gradient-accumulation-steps", settings.accumulation.to_string()),
         ("seed", settings.seed.to_string()),
         ("train-sampling-strategy", settings.train_sampling_strategy.clone()),
+        ("backend", settings.backend.name().to_string()),
+        ("dtype", settings.precision.key()),
         ("number of steps", total_steps.to_string()),
         ("reference model", model_hash.to_string()),
         ("training data", data_hash.to_string()),

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use crate::metrics::Window;
 use crate::references::{References, Split};
 use crate::settings::Settings;
-use crate::step::Micro;
+use crate::step::{Micro, read};
 
 /// Metrics of the test rows with TRL's `eval_` names. As in TRL the loss is a mean over rows and every
 /// other metric a mean over batches; the two differ only when the last batch is smaller.
@@ -27,8 +27,10 @@ pub fn run(
     let all: Vec<u32> = (0..rows.len() as u32).collect();
     for batch in all.chunks(settings.eval_batch) {
         let micro = Micro::new(rows, batch, settings.scoring());
-        let reference = references.of(Split::Test, batch, &micro);
-        let (metrics, _) = micro.run(&model, &settings.loss, &reference, None);
+        let reference = references.of(Split::Test, batch, &micro, &model);
+        let (pending, _) = micro.run(&model, &settings.loss, reference, None);
+        let (metrics, _) = read(vec![pending], Vec::new());
+        let metrics = &metrics[0];
         if !metrics[0].1.is_finite() {
             let ids: Vec<String> = batch.iter().map(|&row| rows.id(row as usize)).collect();
             bail!(
@@ -38,7 +40,7 @@ pub fn run(
             );
         }
         loss += metrics[0].1 * batch.len() as f64;
-        window.add(&metrics);
+        window.add(metrics);
     }
     let seconds = started.elapsed().as_secs_f64();
     let mut entry = window.means("eval_");

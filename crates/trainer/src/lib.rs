@@ -6,7 +6,6 @@
 pub mod args;
 pub mod settings;
 
-mod backend;
 mod best;
 mod card;
 mod checkpoint;
@@ -25,6 +24,7 @@ mod output;
 pub mod peft_args;
 mod plan;
 mod policy;
+mod precision;
 mod preflight;
 pub mod recipe;
 mod reference;

@@ -12,9 +12,14 @@ use trainer::run::run;
 use trainer::settings::Settings;
 use trainer::train::{INTERRUPTED, Outcome, TRAINING};
 
-#[allow(clippy::print_stderr)]
+#[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
+    // By itself, without what a run needs.
+    if kebab(std::env::args_os()).iter().skip(1).eq(["--list-devices"]) {
+        println!("{}", backend::devices().join("\n"));
+        return ExitCode::SUCCESS;
+    }
     let args = match recipe::expand(kebab(std::env::args_os()), &mut |line| eprintln!("{line}")) {
         Ok(args) => Args::parse_from(args),
         Err(reason) => {

@@ -1,7 +1,7 @@
 //! TRL's metrics of a micro-batch, and their mean over the micro-batches between two log entries.
 
 use decoder::TokenScores;
-use pref_data::{Packed, Side};
+use pref_data::Side;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -125,23 +125,6 @@ pub fn of_rows(values: &RowValues, tokens: &TokenScores, sides: &[Side], beta: f
     ];
     metrics.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
     metrics
-}
-
-/// For both completions of each pair the mean over their tokens of `log p(token) - log Σ p²`
-/// (see [`apo_loss::pair_weights`]).
-pub fn aligned(tokens: &TokenScores, packed: &Packed) -> [Vec<f32>; 2] {
-    let mut sums = vec![[0.0_f64; 2]; packed.rows.len()];
-    for (i, side) in packed.sides.iter().enumerate() {
-        let aligned = f64::from(tokens.logps[i]) - f64::from(tokens.log_squares[i]);
-        let sums = &mut sums[side.pair as usize];
-        sums[0] += if side.chosen { aligned } else { 0.0 };
-        sums[1] += if side.rejected { aligned } else { 0.0 };
-    }
-    let counts = packed.completion_tokens();
-    [0, 1].map(|side| {
-        let mean = |(sums, counts): (&[f64; 2], &[usize; 2])| sums[side] / counts[side].max(1) as f64;
-        sums.iter().zip(&counts).map(mean).map(|mean| mean as f32).collect()
-    })
 }
 
 /// Token sums of the two sides: a token shared by both completions counts once for each.

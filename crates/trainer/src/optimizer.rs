@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use decoder::{Decoder, Role, Weight, add_gradient};
-use fused_ops::{AdamW, Moments, sum_of_squares};
+use fused_ops::{AdamW, Moments, Parameter, clip_factor};
 use serde::Serialize;
 
 /// Which rule, with its own settings.
@@ -88,27 +88,70 @@ impl Optimizer {
     }
 
     /// One step on every weight that has a gradient; returns the global norm before clipping
-    /// (`torch.nn.utils.clip_grad_norm_`). Gradients are used up.
-    pub fn step(&mut self, model: &mut Decoder, options: Options) -> f64 {
-        let norm = self.gradients.iter().flatten().map(sum_of_squares).sum::<f64>().sqrt();
-        if !norm.is_finite() {
+    /// (`torch.nn.utils.clip_grad_norm_`), `[1]`, which is still on the device. Gradients are used up. Where the norm
+    /// is not finite the weights are of no use afterwards.
+    pub fn step(&mut self, model: &mut Decoder, options: Options) -> Tensor<1> {
+        let all: Vec<&Tensor<2>> = self.gradients.iter().flatten().collect();
+        if all.is_empty() {
+            return Tensor::zeros([1], &model.device());
+        }
+        let norm = fused_ops::norm(&all);
+        let factor = (options.max_norm > 0.0).then(|| clip_factor(&norm, options.max_norm));
+        if let Rule::AdamW { betas, eps } = options.rule {
+            self.adamw(model, options, betas, eps, factor.as_ref());
             return norm;
         }
-        let limit = options.max_norm / (norm + 1e-6);
-        let scale = if options.max_norm > 0.0 { limit.min(1.0) } else { 1.0 };
+        let factor = factor.map(|factor| factor.reshape([1, 1]));
         for (i, weight) in model.trained_mut().iter_mut().enumerate() {
             let Some(gradient) = self.gradients[i].take() else { continue };
-            // Biases and norms are not decayed, as in transformers' Trainer.
-            let decayed = weight.role != Role::Vector || weight.name.ends_with("magnitude_vector");
-            let decay = if decayed { options.weight_decay } else { 0.0 };
+            let gradient = match &factor {
+                Some(factor) => gradient * factor.clone(),
+                None => gradient,
+            };
             let slots = std::mem::take(&mut self.slots[i]);
             let vector = weight.shape.len() == 1;
-            let parameter = take(weight);
-            let (parameter, slots) = update(options, decay, parameter, gradient, slots, scale, vector);
+            let decay = decay(weight, options);
+            let (parameter, slots) = update(options, decay, take(weight), gradient, slots, vector);
             weight.tensor = parameter.autodiff().require_grad();
             self.slots[i] = slots;
         }
         norm
+    }
+
+    /// All weights in one go, which backends with a kernel for that use.
+    fn adamw(
+        &mut self,
+        model: &mut Decoder,
+        options: Options,
+        betas: [f64; 2],
+        eps: f64,
+        factor: Option<&Tensor<1>>,
+    ) {
+        let weights = || self.gradients.iter().enumerate().filter(|(_, gradient)| gradient.is_some());
+        let chosen: Vec<usize> = weights().map(|(i, _)| i).collect();
+        let mut parameters = Vec::with_capacity(chosen.len());
+        for &i in &chosen {
+            let weight = &mut model.trained_mut()[i];
+            let weight_decay = decay(weight, options);
+            let value = take(weight);
+            let moments = match <[Tensor<2>; 2]>::try_from(std::mem::take(&mut self.slots[i])) {
+                Ok([first, second]) => Moments { first, second },
+                Err(_) => Moments::zeros(&value),
+            };
+            let Some(gradient) = self.gradients[i].take() else { continue };
+            parameters.push(Parameter { value, gradient, moments, weight_decay });
+        }
+        let adamw = AdamW {
+            lr: options.lr,
+            beta1: betas[0] as f32,
+            beta2: betas[1] as f32,
+            eps: eps as f32,
+            step: options.step as u32,
+        };
+        for (i, (value, moments)) in chosen.into_iter().zip(adamw.update(parameters, factor)) {
+            model.trained_mut()[i].tensor = value.autodiff().require_grad();
+            self.slots[i] = vec![moments.first, moments.second];
+        }
     }
 
     /// What is kept, under `slot.weight` names, for a checkpoint.
@@ -138,37 +181,25 @@ impl Optimizer {
     }
 }
 
-/// One step of one weight: the new values and what is kept.
+/// Biases and norms are not decayed, as in transformers' Trainer.
+fn decay(weight: &Weight, options: Options) -> f64 {
+    let decayed = weight.role != Role::Vector || weight.name.ends_with("magnitude_vector");
+    if decayed { options.weight_decay } else { 0.0 }
+}
+
+/// One step of one weight by another rule than AdamW: the new values and what is kept.
 fn update(
     options: Options,
     decay: f64,
     parameter: Tensor<2>,
     gradient: Tensor<2>,
     slots: Vec<Tensor<2>>,
-    scale: f64,
     vector: bool,
 ) -> (Tensor<2>, Vec<Tensor<2>>) {
     let Options { rule, lr, step, .. } = options;
     let mut slots = slots.into_iter();
     let zeros = |dims: [usize; 2]| Tensor::<2>::zeros(dims, &parameter.device());
     let dims = parameter.dims();
-    if let Rule::AdamW { betas, eps } = rule {
-        let moments = match (slots.next(), slots.next()) {
-            (Some(first), Some(second)) => Moments { first, second },
-            _ => Moments::zeros(&parameter),
-        };
-        let adamw = AdamW {
-            lr,
-            beta1: betas[0] as f32,
-            beta2: betas[1] as f32,
-            eps: eps as f32,
-            weight_decay: decay,
-            step: step as u32,
-        };
-        let (parameter, Moments { first, second }) = adamw.update(parameter, gradient, moments, scale as f32);
-        return (parameter, vec![first, second]);
-    }
-    let gradient = if scale == 1.0 { gradient } else { gradient * scale };
     match rule {
         Rule::Sgd => (parameter.clone() - (gradient + parameter * decay) * lr, Vec::new()),
         Rule::RmsProp => {
@@ -183,7 +214,8 @@ fn update(
             let first = first * beta2 + gradient * (1.0 - beta2);
             (parameter * (1.0 - lr * decay) - direction * lr, vec![first])
         }
-        Rule::Adafactor | Rule::AdamW { .. } => {
+        Rule::AdamW { .. } => unreachable!("all weights together, in Optimizer::adamw"),
+        Rule::Adafactor => {
             let kept = 1.0 - (step as f64).powf(-0.8);
             let blend = |old: Tensor<2>, new: Tensor<2>| old * kept + new * (1.0 - kept);
             let squares = gradient.clone().square() + 1e-30;
@@ -199,8 +231,8 @@ fn update(
                 (gradient / factor, vec![rows, columns])
             };
             // Updates of a root mean square above 1 are scaled down to it.
-            let rms = (sum_of_squares(&update) / (dims[0] * dims[1]) as f64).sqrt();
-            let update = update * (lr / rms.max(1.0));
+            let rms = fused_ops::norm(&[&update]) / ((dims[0] * dims[1]) as f64).sqrt();
+            let update = update * (rms.clamp_min(1.0).recip() * lr).reshape([1, 1]);
             (parameter * (1.0 - lr * decay) - update, slots)
         }
     }
@@ -225,8 +257,8 @@ mod tests {
         let (mut got, mut slots) = (Tensor::<2>::from_floats([[1.0, -2.0, 3.0]], &device), Vec::new());
         let (mut want, mut kept) = ([1.0, -2.0, 3.0], [0.0; 3]);
         for gradient in [[0.5, -1.0, 2.0], [1.0, 1.0, -1.0], [-3.0, 0.25, 0.25]] {
-            let tensor = Tensor::<2>::from_floats([gradient], &device) * 2.0;
-            (got, slots) = update(options, 0.01, got, tensor, slots, 0.5, true);
+            let tensor = Tensor::<2>::from_floats([gradient], &device);
+            (got, slots) = update(options, 0.01, got, tensor, slots, true);
             formula(&mut want, &mut kept, gradient);
         }
         let got: Vec<f32> = got.into_data().try_into_vec().unwrap();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use burn::tensor::{DType, Device};
+use burn::tensor::Device;
 use decoder::{Companions, Decoder, Lora};
 
 use crate::checkpoint;
@@ -26,11 +26,10 @@ impl Reference {
         device: &Device,
     ) -> Result<Self> {
         let mut hash = decoder::model_hash(dir.unwrap_or(model_dir))?;
-        if settings.matrices != DType::F32 {
-            hash.push_str(&settings.dtype);
-        }
+        // Only values of the same arithmetic agree with the policy to the bit.
+        hash.push_str(&format!(" {} {}", settings.backend.name(), settings.precision.key()));
         let mut model = match dir {
-            Some(dir) => Decoder::load(dir, device)?,
+            Some(dir) => Decoder::load(dir, device)?.computing_in(base.compute()),
             None => base.clone(),
         };
         if let Some(path) = settings.peft.as_ref().and_then(|peft| peft.ref_adapter_path.as_deref()) {
@@ -69,7 +68,7 @@ fn loaded(peft: &PeftSettings, dir: &Path, base: &Decoder) -> Result<Lora> {
 /// A model with the weights of a checkpoint: its adapter's, or all of them.
 pub fn restored(model: Decoder, dir: &Path) -> Result<Decoder> {
     if model.lora().is_none() {
-        return Ok(Decoder::load(dir, &model.device())?);
+        return Ok(Decoder::load(dir, &model.device())?.computing_in(model.compute()));
     }
     let lora = Lora::load(dir, &model)?;
     Ok(model.with_lora(Some(lora)))

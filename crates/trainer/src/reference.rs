@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use decoder::Decoder;
 use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
-use crate::step::{Micro, RefLogps, Scoring};
+use crate::step::{Micro, RefLogps, Scoring, to_host};
 
 /// Time between savings of an unfinished pass.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
@@ -62,7 +62,7 @@ pub fn compute(
     for batch in batches.iter() {
         if batch.iter().any(|&row| values[row as usize][0].is_nan()) {
             let micro = Micro::new(rows, batch, scoring);
-            for (&row, logps) in batch.iter().zip(micro.logps(model)) {
+            for (&row, logps) in batch.iter().zip(to_host(micro.logps(model))) {
                 values[row as usize] = logps;
             }
             if saved.elapsed() >= SAVE_EVERY {

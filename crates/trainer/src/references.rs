@@ -11,7 +11,7 @@ use crate::logs::Progress;
 use crate::plan::Plan;
 use crate::reference;
 use crate::settings::Settings;
-use crate::step::{Micro, RefLogps};
+use crate::step::{Micro, RefLogps, RefTensors, to_device};
 
 /// Where reference log-probabilities come from.
 pub enum References {
@@ -88,12 +88,13 @@ impl References {
         Ok(Self::Known { train, test, cached })
     }
 
-    /// Values for the rows of a micro-batch.
-    pub fn of(&self, split: Split, rows: &[u32], micro: &Micro) -> Vec<RefLogps> {
+    /// Values for the rows of a micro-batch, on the device of the policy.
+    pub fn of(&self, split: Split, rows: &[u32], micro: &Micro, policy: &Decoder) -> RefTensors {
         match self {
             Self::Known { train, test, .. } => {
                 let all = if split == Split::Train { train } else { test };
-                rows.iter().map(|&row| all[row as usize]).collect()
+                let values: Vec<RefLogps> = rows.iter().map(|&row| all[row as usize]).collect();
+                to_device(&values, policy)
             }
             Self::Live(model) => micro.logps(model),
         }

@@ -5,8 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use burn::tensor::DType;
-use decoder::{Companions, Decoder};
+use decoder::{Companions, Config, Decoder};
 use hub::{Hub, announce};
 use jiff::civil::DateTime;
 use pref_data::{PairTokens, TemplateSource, Tokenizer};
@@ -23,11 +22,12 @@ use crate::references::References;
 use crate::run_info::{COMMIT, RunInfo, peak_memory};
 use crate::settings::{Every, Settings};
 use crate::train::{Outcome, TRAINING, Training};
-use crate::{backend, card, inspect, output};
+use crate::{card, inspect, output};
 
 /// Trains, from data to the written model.
 pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> {
-    let (device, device_name) = backend::open(settings.backend)?;
+    let opened = settings.backend.open(settings.device)?;
+    let device = opened.device.clone();
     let hub = Hub::from_env();
     let model_dir = hub.model(&settings.model, settings.model_revision.as_deref(), &announce(&say))?;
     policy::check_not_adapter(&model_dir)?;
@@ -60,7 +60,13 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         );
     }
 
-    let base = Decoder::load_as(&model_dir, &device, settings.matrices)?;
+    for weight in Config::from_file(&model_dir.join("config.json"))?.weights() {
+        opened.check_tensor(&weight.name, 4 * weight.shape.iter().product::<usize>() as u64)?;
+    }
+    backend::self_check(&opened)?;
+    say(&format!("device: {}; {} ({})", opened.name, settings.precision.compute, settings.precision.reason));
+    let precision = settings.precision;
+    let base = Decoder::load_as(&model_dir, &device, precision.frozen())?.computing_in(precision.compute());
     check_fit(settings, &base, &data)?;
     let reference = Reference::load(settings, reference_dir.as_deref(), &model_dir, &base, &device)?;
     let data_hash = data.train.hash();
@@ -103,14 +109,11 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         status: "running",
         version: env!("CARGO_PKG_VERSION"),
         commit: COMMIT,
-        device: device_name,
+        device: &opened.name,
+        backends: backend::built(),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
-        dtype: &settings.dtype,
-        dtype_reason: if settings.matrices == DType::F32 {
-            "full precision: this backend has no faster type for training"
-        } else {
-            "asked for: the base model's matrices; adapter and arithmetic are float32"
-        },
+        dtype: precision.compute,
+        dtype_reason: precision.reason,
         settings,
         total_steps: plan.total,
         steps_done: state.step,
@@ -128,6 +131,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         train_seconds: 0.0,
         computed_tokens: 0,
         peak_memory_bytes: None,
+        device_memory_bytes: None,
     };
     info.write(&settings.output_dir)?;
     // An evaluation that is still due is made again, whatever a run that went on from here has logged.
@@ -165,6 +169,11 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     info.steps_done = training.state.step;
     info.best = training.state.best;
     info.peak_memory_bytes = peak_memory();
+    info.device_memory_bytes = opened.memory();
+    if let Some((peak, total)) = info.device_memory_bytes {
+        let share = 100.0 * peak as f64 / total.max(1) as f64;
+        say(&format!("device memory: {} MiB at most, {share:.0} % of {} MiB", peak >> 20, total >> 20));
+    }
     // A failure to write this must not hide why the run failed.
     let written = info.write(&settings.output_dir);
     let outcome = outcome?;

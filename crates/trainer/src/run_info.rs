@@ -17,9 +17,11 @@ pub struct RunInfo<'a> {
     pub status: &'static str,
     pub version: &'static str,
     pub commit: &'static str,
-    pub device: &'static str,
+    pub device: &'a str,
+    /// Backends that the binary was built with.
+    pub backends: Vec<&'static str>,
     pub threads: usize,
-    pub dtype: &'a str,
+    pub dtype: &'static str,
     pub dtype_reason: &'static str,
     pub settings: &'a Settings,
     pub total_steps: usize,
@@ -38,6 +40,8 @@ pub struct RunInfo<'a> {
     pub train_seconds: f64,
     pub computed_tokens: usize,
     pub peak_memory_bytes: Option<u64>,
+    /// Of a device with memory of its own: the most in use, and all of it.
+    pub device_memory_bytes: Option<(u64, u64)>,
 }
 
 impl RunInfo<'_> {

@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::DType;
+use backend::Backend;
 use pref_data::{Bound, Order, read_chat_template};
 use serde::Serialize;
 
-use crate::args::{Args, Backend, Dtype, Optimizer, Report, Sampling, Strategy};
-use crate::backend;
+use crate::args::{Args, Optimizer, Report, Sampling, Strategy};
 use crate::data::DataSettings;
 use crate::loss::LossSettings;
 use crate::metrics;
 use crate::optimizer::Rule;
 use crate::peft_args::PeftSettings;
+use crate::precision::Precision;
 use crate::rules;
 use crate::schedule::Schedule;
 use crate::step::Scoring;
@@ -76,10 +76,8 @@ pub struct Settings {
     pub live_reference: bool,
     pub sync_reference: Option<SyncReference>,
     pub peft: Option<PeftSettings>,
-    pub dtype: String,
+    pub precision: Precision,
     pub gradient_checkpointing: bool,
-    #[serde(skip)]
-    pub matrices: DType,
     pub output_dir: PathBuf,
     pub overwrite: bool,
     pub chat_template: Option<String>,
@@ -113,8 +111,8 @@ pub struct Settings {
     pub best: Option<Best>,
     pub resume: Resume,
     pub ref_cache_dir: Option<PathBuf>,
-    #[serde(skip)]
     pub backend: Backend,
+    pub device: Option<usize>,
     pub tensorboard: bool,
     pub progress_bar: bool,
 }
@@ -122,8 +120,11 @@ pub struct Settings {
 impl Settings {
     /// Checks flags against each other. An `Err` is a usage error.
     pub fn new(args: Args) -> Result<Self, String> {
+        if !args.backend.is_built() {
+            return Err(format!("--backend: {}", backend::Error::NotBuilt(args.backend)));
+        }
         rules::check(&args)?;
-        backend::check(args.backend)?;
+        let precision = Precision::new(&args)?;
         let positive = |name: &str, value: usize| {
             if value == 0 { Err(format!("--{name} must be at least 1")) } else { Ok(value) }
         };
@@ -190,9 +191,8 @@ impl Settings {
                 alpha: args.ref_model_mixup_alpha.unwrap_or(0.6),
             }),
             peft: args.peft.settings()?,
-            dtype: value_name(&args.dtype),
+            precision,
             gradient_checkpointing: args.gradient_checkpointing,
-            matrices: if args.dtype == Dtype::Bfloat16 { DType::BF16 } else { DType::F32 },
             best: best(
                 args.metric_for_best_model.as_deref(),
                 args.greater_is_better,
@@ -234,6 +234,7 @@ impl Settings {
             resume,
             ref_cache_dir: args.ref_cache_dir,
             backend: args.backend,
+            device: args.device,
             tensorboard: args.report_to.contains(&Report::Tensorboard),
             progress_bar: !args.disable_tqdm,
         })

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_weights};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData, Transaction};
 use decoder::{Batch, Decoder, Recompute, TokenScores};
-use fused_ops::{HeadOutput, sum_into};
-use pref_data::{Dataset, Packed, PairTokens, kl_rows};
+use fused_ops::{HeadOutput, sum_into, upload};
+use pref_data::{Dataset, Packed, PairTokens, Side, kl_rows};
 
 use crate::loss::{LossSettings, Winners};
 use crate::metrics::{self, Metrics, PairValues, RowValues};
@@ -14,6 +14,9 @@ use crate::metrics::{self, Metrics, PairValues, RowValues};
 /// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
 /// mismatched one.
 pub type RefLogps = [f32; 2];
+
+/// The same of the rows of a micro-batch on the device, `[rows]` each.
+pub type RefTensors = [Tensor<1>; 2];
 
 /// What is summed for each row, apart from the tokens themselves.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -147,34 +150,34 @@ impl Micro {
     }
 
     /// Log-probabilities of each row under a model without autodiff.
-    pub fn logps(&self, model: &Decoder) -> Vec<RefLogps> {
+    pub fn logps(&self, model: &Decoder) -> RefTensors {
         let scored = self.own.score(model);
         let second = match &self.mismatched {
             Some(packing) => packing.score(model).chosen,
             None => scored.rejected,
         };
-        host(scored.chosen).into_iter().zip(host(second)).map(|(a, b)| [a, b]).collect()
+        [scored.chosen, second]
     }
 
-    /// Loss and metrics; with a tracked model also the gradients, one a trained weight.
+    /// Loss and metrics; with a tracked model also the gradients, one a trained weight. Nothing is read back from
+    /// the device.
     pub fn run(
         &self,
         model: &Decoder,
         loss: &LossSettings,
-        reference: &[RefLogps],
+        reference: RefTensors,
         backward: Option<Backward>,
-    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
+    ) -> (Pending, Vec<Option<Tensor<2>>>) {
         // Without gradient and before the graph of the other rows exists.
         let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
         let scored = match backward {
             Some(Backward { recompute: true, .. }) => self.own.score_recomputing(model),
             _ => self.own.score(model),
         };
-        let tokens = TokenScores::new(host(scored.tokens.clone()), &host(scored.stats.clone()));
         if self.labels.is_empty() {
-            self.pairs(model, loss, reference, backward, scored, &tokens)
+            self.pairs(model, loss, reference, backward, scored)
         } else {
-            self.rows(model, loss, reference, backward, scored, mismatched, &tokens)
+            self.rows(model, loss, reference, backward, scored, mismatched)
         }
     }
 
@@ -182,73 +185,123 @@ impl Micro {
         &self,
         model: &Decoder,
         loss: &LossSettings,
-        reference: &[RefLogps],
+        reference: RefTensors,
         backward: Option<Backward>,
         scored: Scored,
-        tokens: &TokenScores,
-    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
-        let device = scored.chosen.device();
+    ) -> (Pending, Vec<Option<Tensor<2>>>) {
         let packed = &self.own.packed;
-        let pairs = PairLogps {
-            chosen: scored.chosen,
-            rejected: scored.rejected,
-            ref_chosen: column(reference, 0, &device),
-            ref_rejected: column(reference, 1, &device),
-        };
+        let weights = loss.use_weighting.then(|| self.pair_weights(&scored));
+        let tokens = [scored.tokens, flat(scored.stats)];
+        let [ref_chosen, ref_rejected] = reference.clone().map(|tensor| alongside(tensor, &scored.chosen));
+        let pairs = PairLogps { chosen: scored.chosen, rejected: scored.rejected, ref_chosen, ref_rejected };
         let winners = Winners {
             logps: scored.whole_chosen,
             tokens: packed.completion_tokens().iter().map(|count| count[0]).sum(),
         };
-        let weights = loss.use_weighting.then(|| {
-            let [chosen, rejected] = metrics::aligned(tokens, packed).map(|means| values(means, &device));
-            pair_weights(chosen, rejected)
-        });
         let mean = loss.total(&pairs, &self.lengths, &winners, weights.as_ref());
         let gradients = gradients(model, &mean, backward, scored.recompute);
-        let values = PairValues {
-            loss: f64::from(host(mean.inner())[0]),
-            chosen: host(pairs.chosen.inner()),
-            rejected: host(pairs.rejected.inner()),
-            reference: reference.to_vec(),
-        };
-        (metrics::of_pairs(&values, tokens, &packed.sides, loss.beta), gradients)
+        let values = [mean.inner(), pairs.chosen.inner(), pairs.rejected.inner()];
+        let tensors = values.into_iter().chain(reference).chain(tokens).collect();
+        (Pending { tensors, sides: packed.sides.clone(), labels: Vec::new(), beta: loss.beta }, gradients)
+    }
+
+    /// WPO's weight of each pair, without gradient.
+    fn pair_weights(&self, scored: &Scored) -> Tensor<1> {
+        let packed = &self.own.packed;
+        let (n, rows) = (packed.predictors.len(), packed.rows.len());
+        let squares = scored.stats.clone().narrow(1, 3, 1).reshape([n]);
+        let sums = sum_into(scored.tokens.clone() - squares, &Arc::new(packed.sums()), 2 * rows);
+        let counts = packed.completion_tokens();
+        let count = |side: usize| counts.iter().map(move |count| count[side].max(1) as f32);
+        let counts = upload(count(0).chain(count(1)).collect(), [2 * rows], &scored.stats);
+        let means = sums / counts;
+        let weights = pair_weights(means.clone().narrow(0, 0, rows), means.narrow(0, rows, rows));
+        alongside(weights, &scored.chosen)
     }
 
     fn rows(
         &self,
         model: &Decoder,
         loss: &LossSettings,
-        reference: &[RefLogps],
+        reference: RefTensors,
         backward: Option<Backward>,
         scored: Scored,
         mismatched: Option<Tensor<1>>,
-        tokens: &TokenScores,
-    ) -> (Metrics, Vec<Option<Tensor<2>>>) {
-        let device = scored.chosen.device();
+    ) -> (Pending, Vec<Option<Tensor<2>>>) {
         let labels = self.labels.iter().map(|&label| f32::from(u8::from(label))).collect();
+        let labels = upload(labels, [self.labels.len()], &scored.stats);
         let rows = LabelledLogps {
+            ref_logps: alongside(reference[0].clone(), &scored.chosen),
+            labels: alongside(labels, &scored.chosen),
             logps: scored.chosen,
-            ref_logps: column(reference, 0, &device),
-            labels: values(labels, &device),
         };
         let kl = match mismatched {
-            Some(logps) => {
-                let inner = kl_estimate(logps.inner(), column(reference, 1, &device).inner());
-                Tensor::from_data(inner.into_data(), &device)
-            }
-            None => Tensor::zeros([1], &device),
+            Some(logps) => kl_estimate(logps, reference[1].clone()),
+            None => Tensor::zeros([1], &scored.stats.device()),
         };
-        let mean = loss.unpaired(&rows, kl.clone());
+        let mean = loss.unpaired(&rows, alongside(kl.clone(), &rows.logps));
         let gradients = gradients(model, &mean, backward, scored.recompute);
-        let values = RowValues {
-            loss: f64::from(host(mean.inner())[0]),
-            kl: f64::from(host(kl)[0]),
-            logps: host(rows.logps.inner()),
-            reference: reference.iter().map(|logps| logps[0]).collect(),
-            labels: self.labels.clone(),
-        };
-        (metrics::of_rows(&values, tokens, &self.own.packed.sides, loss.beta), gradients)
+        let [of_reference, _] = reference;
+        let tokens = [scored.tokens, flat(scored.stats)];
+        let values = [mean.inner(), rows.logps.inner(), kl, of_reference];
+        let tensors = values.into_iter().chain(tokens).collect();
+        let (sides, labels) = (self.own.packed.sides.clone(), self.labels.clone());
+        (Pending { tensors, sides, labels, beta: loss.beta }, gradients)
     }
+}
+
+/// Metrics of a micro-batch that are still on the device.
+pub struct Pending {
+    tensors: Vec<Tensor<1>>,
+    sides: Vec<Side>,
+    labels: Vec<bool>,
+    beta: f64,
+}
+
+impl Pending {
+    fn metrics(self, mut values: impl Iterator<Item = Vec<f32>>) -> Metrics {
+        let mut next = || values.next().unwrap_or_default();
+        let loss = next().first().map_or(f64::NAN, |&loss| f64::from(loss));
+        if self.labels.is_empty() {
+            let (chosen, rejected, ref_chosen, ref_rejected) = (next(), next(), next(), next());
+            let reference = ref_chosen.into_iter().zip(ref_rejected).map(|(a, b)| [a, b]).collect();
+            let tokens = TokenScores::new(next(), &next());
+            let values = PairValues { loss, chosen, rejected, reference };
+            return metrics::of_pairs(&values, &tokens, &self.sides, self.beta);
+        }
+        let (logps, kl, reference) = (next(), next(), next());
+        let kl = kl.first().map_or(f64::NAN, |&kl| f64::from(kl));
+        let tokens = TokenScores::new(next(), &next());
+        let values = RowValues { loss, kl, logps, reference, labels: self.labels };
+        metrics::of_rows(&values, &tokens, &self.sides, self.beta)
+    }
+}
+
+/// Metrics of micro-batches and the values of `more`, `[1]` each, read from the device in one go.
+pub fn read(pending: Vec<Pending>, more: Vec<Tensor<1>>) -> (Vec<Metrics>, Vec<f64>) {
+    let tensors = pending.iter().flat_map(|one| one.tensors.iter().cloned()).chain(more);
+    let all = tensors.fold(Transaction::default(), Transaction::register);
+    let mut values = all.execute().into_iter().map(floats);
+    let metrics = pending
+        .into_iter()
+        .map(|one| {
+            let count = one.tensors.len();
+            one.metrics(values.by_ref().take(count))
+        })
+        .collect();
+    (metrics, values.map(|value| value.first().map_or(f64::NAN, |&v| f64::from(v))).collect())
+}
+
+/// Log-probabilities of rows on the host.
+pub fn to_host(logps: RefTensors) -> Vec<RefLogps> {
+    let [first, second] = logps.map(|tensor| floats(tensor.into_data()));
+    first.into_iter().zip(second).map(|(a, b)| [a, b]).collect()
+}
+
+/// Log-probabilities of rows on the device of a model.
+pub fn to_device(logps: &[RefLogps], model: &Decoder) -> RefTensors {
+    let like = model.weights()[0].tensor.clone().inner();
+    [0, 1].map(|i| upload(logps.iter().map(|row| row[i]).collect(), [logps.len()], &like))
 }
 
 /// Row `row` with the completion that KTO gives it within its batch.
@@ -268,15 +321,16 @@ fn gradients(
     backward.map_or_else(Vec::new, |backward| model.gradients(mean.clone() * backward.scale, recompute))
 }
 
-fn values(values: Vec<f32>, device: &Device) -> Tensor<1> {
-    let n = values.len();
-    Tensor::from_data(TensorData::new(values, [n]), device)
+/// A tensor without autodiff, as a constant of the graph that `like` is in, if it is in one.
+fn alongside(tensor: Tensor<1>, like: &Tensor<1>) -> Tensor<1> {
+    if like.device().is_autodiff() { Tensor::from_inner(tensor) } else { tensor }
 }
 
-fn column(reference: &[RefLogps], i: usize, device: &Device) -> Tensor<1> {
-    values(reference.iter().map(|pair| pair[i]).collect(), device)
+fn flat(tensor: Tensor<2>) -> Tensor<1> {
+    let [rows, cols] = tensor.dims();
+    tensor.reshape([rows * cols])
 }
 
-fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_into_vec_as::<f32>().expect("a float tensor converts to f32")
+fn floats(data: TensorData) -> Vec<f32> {
+    data.try_into_vec_as::<f32>().expect("a float tensor converts to f32")
 }

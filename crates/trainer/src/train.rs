@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use burn::tensor::Tensor;
 use decoder::{Companions, Decoder};
-use fused_ops::sum_of_squares;
 use pref_data::Batches;
 use serde_json::{Map, Value};
 
@@ -22,7 +22,7 @@ use crate::references::{References, Split};
 use crate::run::say;
 use crate::schedule;
 use crate::settings::{Every, Settings};
-use crate::step::{Backward, Micro};
+use crate::step::{Backward, Micro, read};
 
 /// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -111,17 +111,18 @@ impl Training<'_> {
 
     /// Errors where a weight is not a finite number: what is saved must be of use.
     pub fn check_weights(&self) -> Result<()> {
-        let bad =
-            self.model.trained().iter().find(|w| !sum_of_squares(&w.tensor.clone().inner()).is_finite());
-        match bad {
-            Some(weight) => bail!(
-                "{} is not finite after step {}; lower --learning-rate. Nothing was saved, earlier checkpoints are \
-                 untouched",
-                weight.name,
-                self.state.step
-            ),
-            None => Ok(()),
+        let all: Vec<Tensor<2>> = self.model.trained().iter().map(|w| w.tensor.clone().inner()).collect();
+        let finite = |tensors: &[&Tensor<2>]| fused_ops::norm(tensors).into_scalar::<f32>().is_finite();
+        if all.is_empty() || finite(&all.iter().collect::<Vec<_>>()) {
+            return Ok(());
         }
+        let bad = self.model.trained().iter().zip(&all).find(|(_, values)| !finite(&[values]));
+        bail!(
+            "{} is not finite after step {}; lower --learning-rate. Nothing was saved, earlier checkpoints are \
+             untouched",
+            bad.map_or("the norm of the weights", |(weight, _)| weight.name.as_str()),
+            self.state.step
+        )
     }
 
     fn snapshot(&self) -> Snapshot<'_> {
@@ -139,19 +140,15 @@ impl Training<'_> {
     fn one_step(&mut self) -> Result<(f64, f64)> {
         let micros = self.plan.micros(self.state.step, &mut self.epoch);
         let scales = self.plan.scales(&micros);
+        let mut pending = Vec::with_capacity(micros.len());
         for (i, (rows, scale)) in micros.iter().zip(scales).enumerate() {
             let micro = Micro::new(&self.data.train, rows, self.settings.scoring());
-            let reference = self.references.of(Split::Train, rows, &micro);
+            let reference = self.references.of(Split::Train, rows, &micro, &self.model);
             self.model.set_dropout(dropout_seed(self.settings.seed, self.state.step, i));
             let backward = Backward { scale, recompute: self.settings.gradient_checkpointing };
-            let (metrics, gradients) =
-                micro.run(&self.model, &self.settings.loss, &reference, Some(backward));
-            let loss = metrics[0].1;
-            if !loss.is_finite() {
-                bail!(self.diverged("loss", loss, std::slice::from_ref(rows)));
-            }
+            let (metrics, gradients) = micro.run(&self.model, &self.settings.loss, reference, Some(backward));
             self.optimizer.accumulate(gradients);
-            self.state.window.add(&metrics);
+            pending.push(metrics);
             self.state.num_tokens += micro.num_tokens();
             self.computed_tokens += micro.computed_tokens();
         }
@@ -165,6 +162,16 @@ impl Training<'_> {
             step: self.state.step + 1,
         };
         let norm = self.optimizer.step(&mut self.model, options);
+        // The one time in a step that anything waits for the device.
+        let (metrics, norm) = read(pending, vec![norm]);
+        for (metrics, rows) in metrics.iter().zip(&micros) {
+            let loss = metrics[0].1;
+            if !loss.is_finite() {
+                bail!(self.diverged("loss", loss, std::slice::from_ref(rows)));
+            }
+            self.state.window.add(metrics);
+        }
+        let norm = norm[0];
         if !norm.is_finite() {
             bail!(self.diverged("gradient norm", norm, &micros));
         }

@@ -6,8 +6,16 @@ use super::simd::{CHUNK, sum_by, wide};
 use crate::AdamW;
 
 /// One step on a parameter and its moments; `scale` multiplies the gradient first (clipping).
-pub fn step(opt: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], scale: f32) {
-    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = *opt;
+pub fn step(
+    opt: &AdamW,
+    weight_decay: f64,
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    scale: f32,
+) {
+    let AdamW { lr, beta1, beta2, eps, step } = *opt;
     // As torch.optim.AdamW does: corrections in f64, applied as one step size and one denominator.
     let correction1 = 1.0 - f64::from(beta1).powi(step as i32);
     let correction2 = 1.0 - f64::from(beta2).powi(step as i32);

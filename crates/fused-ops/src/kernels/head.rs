@@ -1,5 +1,7 @@
 //! Chunked language-model head: logits of a few rows at a time.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::matrix::{Mat, matmul};
@@ -10,7 +12,7 @@ use crate::Logits;
 const LOGITS: usize = 16 << 20;
 
 /// Rows of a chunk for this vocabulary.
-fn rows(vocab: usize) -> usize {
+pub fn chunk_rows(vocab: usize) -> usize {
     (LOGITS / vocab).clamp(16, 1024)
 }
 
@@ -27,8 +29,8 @@ pub struct Forward {
 /// `hidden`: `[n, dim]`, `w`: `[vocab, dim]`.
 pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of: Logits) -> Forward {
     let (n, vocab) = (targets.len(), w.len() / dim);
-    let mut out = Forward { logps: vec![0.0; n], stats: vec![0.0; 4 * n], lse: vec![0.0; n] };
-    let chunk = rows(vocab).min(n.max(1));
+    let mut out = Forward::new(n);
+    let chunk = chunk_rows(vocab).min(n.max(1));
     let mut logits = vec![0.0; chunk * vocab];
     for start in (0..n).step_by(chunk) {
         let len = chunk.min(n - start);
@@ -36,17 +38,39 @@ pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of
         let h = &hidden[start * dim..(start + len) * dim];
         matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
         let span = start..start + len;
-        z.par_chunks_mut(vocab)
-            .zip(&targets[span.clone()])
-            .zip(&mut out.logps[span.clone()])
-            .zip(&mut out.lse[span.clone()])
-            .zip(out.stats[4 * span.start..4 * span.end].par_chunks_mut(4))
+        out.rows(z, span, targets, logits_of);
+    }
+    out
+}
+
+impl Forward {
+    /// Room for `n` rows.
+    pub fn new(n: usize) -> Self {
+        Self { logps: vec![0.0; n], stats: vec![0.0; 4 * n], lse: vec![0.0; n] }
+    }
+
+    /// Fills in a range of rows from their products, `[rows, vocab]`, which it overwrites.
+    pub fn rows(&mut self, z: &mut [f32], rows: Range<usize>, targets: &[u32], logits_of: Logits) {
+        z.par_chunks_mut(z.len() / rows.len())
+            .zip(&targets[rows.clone()])
+            .zip(&mut self.logps[rows.clone()])
+            .zip(&mut self.lse[rows.clone()])
+            .zip(self.stats[4 * rows.start..4 * rows.end].par_chunks_mut(4))
             .for_each(|((((z, &target), logp), lse), stats)| {
                 shape(z, logits_of);
                 (*logp, *lse) = row(z, target as usize, stats);
             });
     }
-    out
+}
+
+/// Turns products of some rows, `[rows, vocab]`, into their gradients; `targets`, `lse` and `grad` are of these rows.
+pub fn gradient_rows(z: &mut [f32], targets: &[u32], lse: &[f32], grad: &[f32], logits_of: Logits) {
+    z.par_chunks_mut(z.len() / targets.len()).zip(targets).zip(lse).zip(grad).for_each(
+        |(((z, &target), &lse), &g)| {
+            shape(z, logits_of);
+            row_gradient(z, target as usize, lse, g, logits_of);
+        },
+    );
 }
 
 /// Products to logits: scaled, then capped.
@@ -103,7 +127,7 @@ pub fn backward(
 ) -> (Vec<f32>, Vec<f32>) {
     let (n, vocab) = (targets.len(), w.len() / dim);
     let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
-    let chunk = rows(vocab).min(n.max(1));
+    let chunk = chunk_rows(vocab).min(n.max(1));
     let mut logits = vec![0.0; chunk * vocab];
     for start in (0..n).step_by(chunk) {
         let len = chunk.min(n - start);
@@ -111,14 +135,7 @@ pub fn backward(
         let z = &mut logits[..len * vocab];
         let h = &hidden[start * dim..(start + len) * dim];
         matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
-        z.par_chunks_mut(vocab)
-            .zip(&targets[span.clone()])
-            .zip(&lse[span.clone()])
-            .zip(&grad[span.clone()])
-            .for_each(|(((z, &target), &lse), &g)| {
-                shape(z, logits_of);
-                row_gradient(z, target as usize, lse, g, logits_of);
-            });
+        gradient_rows(z, &targets[span.clone()], &lse[span.clone()], &grad[span], logits_of);
         let z = &logits[..len * vocab];
         let rows_of_dh = &mut dh[start * dim..(start + len) * dim];
         matmul(rows_of_dh, false, (len, dim, vocab), Mat::rows(z, vocab), Mat::rows(w, dim));

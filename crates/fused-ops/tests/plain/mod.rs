@@ -1,20 +1,20 @@
-//! The same operations composed of Burn's own: what every backend runs that has no kernel here, and
-//! the reference the kernels are tested against. Shapes are those of the functions in the crate root.
+//! The same operations as plain compositions of Burn's own, differentiated by Burn: what every backend's are tested
+//! against. Shapes are those of the functions in the crate root.
 
 use std::sync::Arc;
 
 use burn::tensor::activation::{log_softmax, silu, softmax};
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segment, Segments};
+use fused_ops::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segment, Segments};
 
-/// See [`crate::linear`].
+/// See [`fused_ops::linear`].
 pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     let w = if w.dtype() == x.dtype() { w } else { w.cast(x.dtype()) };
     x.matmul(w.transpose())
 }
 
-/// See [`crate::rms_norm`].
+/// See [`fused_ops::rms_norm`].
 pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
     let [tokens, features] = x.dims();
     let dim = w.dims()[1];
@@ -23,14 +23,14 @@ pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
     (x * rstd * w).reshape([tokens, features])
 }
 
-/// See [`crate::layer_norm`].
+/// See [`fused_ops::layer_norm`].
 pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<2> {
     let x = x.clone() - x.mean_dim(1);
     let rstd = (x.clone().square().mean_dim(1) + eps).sqrt().recip();
     x * rstd * w + b
 }
 
-/// See [`crate::rotary`].
+/// See [`fused_ops::rotary`].
 pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
     let [tokens, features] = x.dims();
     let (half, dim, device) = (table.half, table.dim, x.device());
@@ -51,12 +51,12 @@ pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
     Tensor::cat(parts, 2).reshape([tokens, features])
 }
 
-/// See [`crate::gated`].
+/// See [`fused_ops::gated`].
 pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
     activate(gate, activation) * up
 }
 
-/// See [`crate::activate`].
+/// See [`fused_ops::activate`].
 pub fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
     match activation {
         Activation::Silu => silu(x),
@@ -76,7 +76,7 @@ fn softcapped<const D: usize>(x: Tensor<D>, softcap: Option<f32>) -> Tensor<D> {
     }
 }
 
-/// See [`crate::attention`].
+/// See [`fused_ops::attention`].
 pub fn attention(
     q: Tensor<2>,
     k: Tensor<2>,
@@ -144,7 +144,7 @@ fn attend(
     weights.matmul(keys(v)).swap_dims(0, 1).reshape([s.len, heads.query * heads.dim])
 }
 
-/// See [`crate::head`]. Holds all logits.
+/// See [`fused_ops::head`]. Holds all logits.
 pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Logits) -> HeadOutput {
     let n = targets.len();
     let device = hidden.device();
@@ -162,7 +162,7 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Lo
     HeadOutput { logps: target.reshape([n]), stats: stats.inner() }
 }
 
-/// See [`crate::sum_into`]: a product with a 0/1 matrix.
+/// See [`fused_ops::sum_into`]: a product with a 0/1 matrix.
 pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
     let n = values.dims()[0];
     let mut matrix = vec![0.0_f32; sums * n];

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
+use burn::tensor::{DType, FloatDType};
 
-use super::{FusedOps, Three, Two};
+use crate::ops::{FusedOps, Three, Two};
 use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
 
 /// Declares an autodiff node type: its saved state and the gradients of its parents.
@@ -67,18 +68,21 @@ node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_ba
 struct Linear;
 
 impl<B: FusedOps> Backward<B, 2> for Linear {
-    /// The input, kept for the weight's gradient, and the weight, kept for the input's.
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+    /// The input, kept for the weight's gradient, the weight, kept for the input's, and the weight's data type.
+    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, DType);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (x, w) = ops.state;
+        let (x, w, dtype) = ops.state;
         let [x_node, w_node] = ops.parents;
         if let (Some(node), Some(w)) = (x_node, w) {
             grads.register::<B>(node.id, B::linear_grad_input(grad.clone(), w));
         }
         if let (Some(node), Some(x)) = (w_node, x) {
-            grads.register::<B>(node.id, B::linear_grad_weight(grad, x));
+            let gradient = B::linear_grad_weight(grad, x);
+            let same = gradient.dtype() == dtype;
+            let gradient = if same { gradient } else { B::float_cast(gradient, FloatDType::from(dtype)) };
+            grads.register::<B>(node.id, gradient);
         }
     }
 }
@@ -104,13 +108,21 @@ impl<B: FusedOps> Backward<B, 2> for Head {
 }
 
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn upload_floats(like: FloatTensor<Self>, values: Vec<f32>, shape: Vec<usize>) -> FloatTensor<Self> {
+        <Self as AutodiffBackend>::from_inner(B::upload_floats(like.into_primitive(), values, shape))
+    }
+
+    fn upload_indices(like: FloatTensor<Self>, values: Vec<u32>, shape: Vec<usize>) -> IntTensor<Self> {
+        <Self as AutodiffBackend>::int_from_inner(B::upload_indices(like.into_primitive(), values, shape))
+    }
+
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         let nodes = [x.node(), w.node()];
         let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
         let (x, w) = (x.into_primitive(), w.into_primitive());
-        let out = B::fused_linear(x.clone(), w.clone());
+        let (out, dtype) = (B::fused_linear(x.clone(), w.clone()), w.dtype());
         match Linear.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((of_weight.then_some(x), of_input.then_some(w)), out),
+            OpsKind::Tracked(p) => p.finish((of_weight.then_some(x), of_input.then_some(w), dtype), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
     }

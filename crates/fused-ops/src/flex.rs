@@ -1,19 +1,19 @@
-//! Values: the kernels on Flex tensors.
+//! The kernels as operations of the Flex backend.
 
 use std::sync::Arc;
 
-use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Shape};
+use burn::backend::{DispatchDevice, Flex};
+use burn::tensor::{Bytes, DType, Shape, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{FusedOps, Three, Two};
-use crate::kernels::attention::Operands;
 use crate::kernels::matrix::{Mat, matmul};
 use crate::kernels::simd::CHUNK;
+use crate::kernels::{self, attention::Operands};
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
-use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
+use crate::ops::{FusedOps, Three, Two};
+use crate::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segments};
 
 fn flat(t: &FlexTensor) -> FlexTensor {
     t.to_contiguous()
@@ -43,6 +43,56 @@ fn like(values: Vec<f32>, other: &FlexTensor) -> FlexTensor {
 fn dims(t: &FlexTensor) -> [usize; 2] {
     let shape = t.layout().shape();
     [shape[0], shape[1]]
+}
+
+/// True when `tensor` is on Flex, without autodiff or with it.
+pub fn holds<const D: usize>(tensor: &Tensor<D>) -> bool {
+    matches!(tensor.device().inner().as_dispatch(), DispatchDevice::Flex(_))
+}
+
+/// The tensor without gaps.
+fn primitive<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
+    let tensor = tensor.try_into_primitive::<Flex>().expect("asked before: a Flex tensor without autodiff");
+    if tensor.is_contiguous() && tensor.layout().start_offset() == 0 {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
+}
+
+/// Values of a tensor without autodiff.
+pub fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    primitive(tensor.clone()).storage().to_vec()
+}
+
+/// One AdamW step of one parameter, in place where nothing else holds its tensors.
+pub fn adamw(opt: &AdamW, parameter: Parameter, scale: f32) -> (Tensor<2>, Moments) {
+    let Parameter { value, gradient, moments, weight_decay } = parameter;
+    let (mut p, g) = (primitive(value), primitive(gradient));
+    let (mut m, mut v) = (primitive(moments.first), primitive(moments.second));
+    let (p_data, m_data, v_data) = (p.storage_mut(), m.storage_mut(), v.storage_mut());
+    kernels::adamw::step(opt, weight_decay, p_data, g.storage(), m_data, v_data, scale);
+    let tensor = Tensor::from_primitive::<Flex>;
+    (tensor(p), Moments { first: tensor(m), second: tensor(v) })
+}
+
+/// See [`crate::norm`].
+pub fn norm(tensors: &[&Tensor<2>]) -> Tensor<1> {
+    let squares =
+        |tensor: &&Tensor<2>| kernels::adamw::sum_of_squares(primitive((*tensor).clone()).storage());
+    let norm = tensors.iter().map(squares).sum::<f64>().sqrt();
+    Tensor::from_primitive::<Flex>(new(vec![norm as f32], &[1]))
+}
+
+/// See [`crate::row_norms`].
+pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
+    let cols = weight.dims()[1];
+    let squares = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+    let weight = primitive(weight.clone());
+    let norms: Vec<f32> =
+        weight.storage::<f32>().par_chunks(cols).map(|row| squares(row).sqrt() as f32).collect();
+    let rows = norms.len();
+    Tensor::from_primitive::<Flex>(new(norms, &[rows, 1]))
 }
 
 impl FusedOps for Flex {
@@ -139,9 +189,6 @@ impl FusedOps for Flex {
         scores: Scores,
     ) -> Two<Self> {
         let (q, k, v) = (flat(&q), flat(&k), flat(&v));
-        let (queries, keys) = segments.extent();
-        assert!(queries <= dims(&q)[0] && keys <= dims(&k)[0], "segments reach beyond the tensors");
-        assert!(segments.is_disjoint(), "segments overlap");
         let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
         let (out, lse) = attn::forward(x, &segments);
         (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))
@@ -186,8 +233,7 @@ impl FusedOps for Flex {
 
     fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
         let (hidden, w) = (flat(&hidden), flat(&w));
-        let (n, [vocab, dim]) = (targets.len(), dims(&w));
-        assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
+        let (n, [_, dim]) = (targets.len(), dims(&w));
         let mut buffer = Vec::new();
         let result = lm_head::forward(hidden.storage(), wide(&w, &mut buffer), dim, &targets, logits);
         (new(result.logps, &[n]), new(result.stats, &[n, 4]), new(result.lse, &[n]))

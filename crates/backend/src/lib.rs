@@ -1,0 +1,138 @@
+//! The one place where a backend is chosen: which of them a binary was built with, the devices they find, and how
+//! far their results may differ from the reference.
+
+mod check;
+mod devices;
+mod tolerance;
+#[cfg(feature = "wgpu")]
+mod wgpu;
+
+pub use check::self_check;
+pub use devices::{Opened, devices};
+pub use tolerance::{Tolerance, under_test};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// Environment variable with the backend of commands that are not given one.
+pub const ENV: &str = "CLAIR_BACKEND";
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// Pure-Rust kernels on the CPU.
+    Flex,
+    /// LibTorch on the CPU.
+    Tch,
+    /// LibTorch on an NVIDIA device.
+    Cuda,
+    /// Vulkan, Metal or DirectX 12.
+    Wgpu,
+    /// Burn's own CUDA backend.
+    CubeclCuda,
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The binary lacks the backend.
+    #[error("this binary was built with {}, not with {}; {}", built().join(", "), .0.name(), .0.how_to_build())]
+    NotBuilt(Backend),
+    /// No such device.
+    #[error("--device {index}: {} has {count}; --list-devices names them", .backend.name())]
+    NoDevice {
+        /// Backend.
+        backend: Backend,
+        /// Asked for.
+        index: usize,
+        /// What there is, such as `1 device`.
+        count: String,
+    },
+    /// Nothing to compute on.
+    #[error("{}: {reason}", .backend.name())]
+    Unusable {
+        /// Backend.
+        backend: Backend,
+        /// What is missing and what to install.
+        reason: String,
+    },
+    /// A data type that the backend does not compute in.
+    #[error("--dtype {dtype}: {} computes in {}", .backend.name(), .backend.types())]
+    Dtype {
+        /// Backend.
+        backend: Backend,
+        /// Asked for.
+        dtype: &'static str,
+    },
+    /// The device gives other results than the reference.
+    #[error(
+        "{}: the device computes wrongly: {what} is off by {difference:e} (at most {allowed:e} is rounding); update \
+         its driver, or use --backend flex",
+        .backend.name()
+    )]
+    Wrong {
+        /// Backend.
+        backend: Backend,
+        /// What was computed.
+        what: &'static str,
+        /// Relative to the largest value.
+        difference: f32,
+        /// Bound.
+        allowed: f32,
+    },
+}
+
+impl Backend {
+    /// As it is given to `--backend`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::Tch => "tch",
+            Self::Cuda => "cuda",
+            Self::Wgpu => "wgpu",
+            Self::CubeclCuda => "cubecl-cuda",
+        }
+    }
+
+    /// True where this binary has it.
+    pub fn is_built(self) -> bool {
+        match self {
+            Self::Flex => cfg!(feature = "flex"),
+            Self::Tch | Self::Cuda => cfg!(feature = "tch"),
+            Self::Wgpu => cfg!(feature = "wgpu"),
+            Self::CubeclCuda => cfg!(feature = "cubecl-cuda"),
+        }
+    }
+
+    fn how_to_build(self) -> String {
+        let feature = if self == Self::Cuda { "tch" } else { self.name() };
+        format!(
+            "`cargo xtask train --backend {}` builds one that has it (the cargo feature is {feature})",
+            self.name()
+        )
+    }
+
+    /// Computes in 16-bit brain floats with 32-bit weights, losses and reductions.
+    pub fn has_bfloat16(self) -> bool {
+        matches!(self, Self::Tch | Self::Cuda)
+    }
+
+    fn types(self) -> &'static str {
+        if self.has_bfloat16() { "float32 and bfloat16" } else { "float32" }
+    }
+
+    /// Errors where tensors cannot be of 16 bits.
+    pub fn holds_bfloat16(self) -> Result<(), Error> {
+        match self {
+            Self::Flex | Self::Tch | Self::Cuda => Ok(()),
+            Self::Wgpu | Self::CubeclCuda => Err(Error::Dtype { backend: self, dtype: "bfloat16" }),
+        }
+    }
+}
+
+/// Names of the backends this binary was built with.
+pub fn built() -> Vec<&'static str> {
+    let of_build = |backend: &&Backend| backend.is_built();
+    Backend::value_variants().iter().filter(of_build).map(|backend| backend.name()).collect()
+}

@@ -1,0 +1,59 @@
+//! What a backend without kernels of its own runs: the same values and gradients composed of its basic
+//! operations, with the same bounds on memory, and without reading anything back.
+
+mod attention;
+mod elementwise;
+mod head;
+mod value;
+
+pub use attention::{attention, attention_backward};
+pub use elementwise::{
+    activate, activate_backward, gated, gated_backward, layer_norm, layer_norm_backward, rms_norm,
+    rms_norm_backward, rotary,
+};
+pub use head::{head, head_backward};
+pub use value::Value;
+
+use std::sync::Arc;
+
+use crate::ops::FusedOps;
+
+/// `x · wᵀ` in the data type of `x`.
+pub fn linear<B: FusedOps>(x: Value<B>, w: Value<B>) -> Value<B> {
+    let dtype = x.dtype();
+    x.matmul(w.cast(dtype).t())
+}
+
+/// Gradient of the input of [`linear`].
+pub fn linear_grad_input<B: FusedOps>(grad: Value<B>, w: Value<B>) -> Value<B> {
+    let dtype = grad.dtype();
+    grad.matmul(w.cast(dtype))
+}
+
+/// Gradient of the weight of [`linear`].
+pub fn linear_grad_weight<B: FusedOps>(grad: Value<B>, x: Value<B>) -> Value<B> {
+    grad.t().matmul(x)
+}
+
+/// The 0/1 matrix `[sums, values]` of a plan.
+fn plan_matrix<B: FusedOps>(plan: &[(u32, u32)], sums: usize, values: usize, like: &Value<B>) -> Value<B> {
+    let mut matrix = vec![0.0; sums * values];
+    for &(value, sum) in plan {
+        matrix[sum as usize * values + value as usize] += 1.0;
+    }
+    Value::upload(matrix, &[sums, values], like)
+}
+
+/// See [`crate::sum_into`]: a product with a 0/1 matrix.
+pub fn sums<B: FusedOps>(values: Value<B>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Value<B> {
+    let n = values.dims()[0];
+    let matrix = plan_matrix(plan, sums, n, &values);
+    (matrix * values.reshape(&[1, n])).sum(1).reshape(&[sums])
+}
+
+/// Gradient of [`sums`].
+pub fn sums_backward<B: FusedOps>(grad: Value<B>, plan: &Arc<Vec<(u32, u32)>>, values: usize) -> Value<B> {
+    let sums = grad.dims()[0];
+    let matrix = plan_matrix(plan, sums, values, &grad);
+    (matrix * grad.reshape(&[sums, 1])).sum(0).reshape(&[values])
+}

@@ -1,0 +1,106 @@
+//! Everything that is particular to LibTorch: devices, allocator thresholds, its kernels, its fused optimizer.
+//!
+//! `burn-tch` is deprecated and will not be part of Burn 0.23. What would take its place on NVIDIA devices is
+//! `Device::cuda` with the generic operations of this crate (feature `cubecl-cuda`); nothing outside this module
+//! and the `backend` crate would change.
+
+#![allow(deprecated)]
+
+mod attention;
+mod ops;
+mod optim;
+mod shim;
+
+use burn::backend::LibTorch;
+use burn::backend::libtorch::TchTensor;
+use burn::backend::{DispatchDevice, TensorMetadata};
+use burn::tensor::{Device, Tensor};
+use tch::Kind;
+
+pub use optim::{adamw, norm};
+
+/// The CPU.
+pub fn cpu() -> Device {
+    Device::libtorch()
+}
+
+/// An NVIDIA device.
+pub fn cuda(index: usize) -> Device {
+    Device::libtorch_cuda(index)
+}
+
+/// Number of NVIDIA devices that LibTorch finds.
+pub fn cuda_devices() -> usize {
+    usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+}
+
+/// Keeps freed memory for later use. LibTorch takes its buffers from the C library, which gives large ones back at
+/// once: each step would pay for their pages again.
+#[allow(unsafe_code)]
+pub fn prepare() {
+    #[cfg(target_env = "gnu")]
+    for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
+        // SAFETY: sets two numbers of the allocator; a value it does not take is ignored.
+        unsafe { libc::mallopt(parameter, 1 << 30) };
+    }
+}
+
+/// Bytes reserved at most so far on a CUDA device, and all of its memory.
+pub fn memory(device: &Device) -> Option<(u64, u64)> {
+    use burn::backend::libtorch::LibTorchDevice;
+    match device.clone().inner().as_dispatch() {
+        DispatchDevice::LibTorch(LibTorchDevice::Cuda(index)) => Some(shim::memory(*index)),
+        _ => None,
+    }
+}
+
+/// True when `tensor` is on LibTorch, without autodiff or with it.
+pub fn holds<const D: usize>(tensor: &Tensor<D>) -> bool {
+    matches!(tensor.device().inner().as_dispatch(), DispatchDevice::LibTorch(_))
+}
+
+/// A tensor without autodiff as LibTorch has it.
+fn primitive<const D: usize>(tensor: Tensor<D>) -> TchTensor {
+    tensor.try_into_primitive::<LibTorch>().expect("asked before: a LibTorch tensor without autodiff")
+}
+
+fn tensor<const D: usize>(tensor: tch::Tensor) -> Tensor<D> {
+    Tensor::from_primitive::<LibTorch>(TchTensor::new(tensor))
+}
+
+fn is_cpu(tensor: &TchTensor) -> bool {
+    tensor.tensor.device() == tch::Device::Cpu
+}
+
+/// The values of a contiguous `f32` tensor on the CPU.
+#[allow(unsafe_code)]
+fn values(tensor: &tch::Tensor) -> &[f32] {
+    check_plain(tensor);
+    // SAFETY: contiguous, of this type and length, and borrowed as long as the slice.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// The same, to be changed: the tensor must have been made here and be shared with nobody.
+#[allow(unsafe_code)]
+fn values_mut(tensor: &mut tch::Tensor) -> &mut [f32] {
+    check_plain(tensor);
+    // SAFETY: contiguous, of this type and length, and borrowed as long as the slice; the caller owns it alone.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+fn check_plain(tensor: &tch::Tensor) {
+    assert!(
+        tensor.device() == tch::Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous(),
+        "only contiguous f32 tensors of the CPU are read directly"
+    );
+}
+
+/// A new tensor of host values; on a CUDA device they are copied from pinned memory, which nothing waits for.
+fn upload<T: tch::kind::Element>(values: &[T], shape: &[usize], device: tch::Device) -> tch::Tensor {
+    let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
+    let host = tch::Tensor::from_slice(values).reshape(&shape);
+    match device {
+        tch::Device::Cpu => host,
+        _ => host.pin_memory(device).to_device_(device, T::KIND, true, false),
+    }
+}

@@ -1,0 +1,173 @@
+//! The operations that LibTorch, or this crate on its buffers, does better than the generic composition.
+
+use std::sync::Arc;
+
+use burn::backend::LibTorch;
+use burn::backend::libtorch::TchTensor;
+use tch::{Kind, Tensor};
+
+use super::{attention, is_cpu, upload, values, values_mut};
+use crate::generic::{self, Value};
+use crate::kernels::head::{Forward, chunk_rows, gradient_rows};
+use crate::ops::{FusedOps, Three, Two, two};
+use crate::{Activation, Heads, Logits, Scores, Segments};
+
+impl FusedOps for LibTorch {
+    fn upload_floats(like: TchTensor, values: Vec<f32>, shape: Vec<usize>) -> TchTensor {
+        TchTensor::new(upload(&values, &shape, like.tensor.device()))
+    }
+
+    fn upload_indices(like: TchTensor, values: Vec<u32>, shape: Vec<usize>) -> TchTensor {
+        let values: Vec<i64> = values.into_iter().map(i64::from).collect();
+        TchTensor::new(upload(&values, &shape, like.tensor.device()))
+    }
+
+    fn fused_gated(gate: TchTensor, up: TchTensor, kind: Activation) -> TchTensor {
+        TchTensor::new(activated(&gate.tensor, kind) * up.tensor)
+    }
+
+    fn gated_backward(grad: TchTensor, gate: TchTensor, up: TchTensor, kind: Activation) -> Two<Self> {
+        let (grad, gate, up) = (grad.tensor, gate.tensor, up.tensor);
+        let dgate = slope(&(&grad * &up), &gate, kind);
+        (TchTensor::new(dgate), TchTensor::new(grad * activated(&gate, kind)))
+    }
+
+    fn fused_activate(x: TchTensor, kind: Activation) -> TchTensor {
+        TchTensor::new(activated(&x.tensor, kind))
+    }
+
+    fn activate_backward(grad: TchTensor, x: TchTensor, kind: Activation) -> TchTensor {
+        TchTensor::new(slope(&grad.tensor, &x.tensor, kind))
+    }
+
+    fn fused_attention(
+        q: TchTensor,
+        k: TchTensor,
+        v: TchTensor,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scores: Scores,
+    ) -> Two<Self> {
+        match attention::path(&q, &segments, scores) {
+            attention::Path::Cpu => attention::cpu([q, k, v], &segments, heads, scores),
+            attention::Path::Flash => attention::flash([q, k, v], &segments, heads, scores),
+            attention::Path::Generic => {
+                two(generic::attention::<Self>(Value(q), Value(k), Value(v), &segments, heads, scores))
+            }
+        }
+    }
+
+    fn attention_backward(
+        grad: TchTensor,
+        q: TchTensor,
+        k: TchTensor,
+        v: TchTensor,
+        out: TchTensor,
+        lse: TchTensor,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scores: Scores,
+    ) -> Three<Self> {
+        let inputs = [q, k, v];
+        let [dq, dk, dv] = match attention::path(&inputs[0], &segments, scores) {
+            attention::Path::Cpu => {
+                attention::cpu_backward(grad, inputs, [out, lse], &segments, heads, scores)
+            }
+            attention::Path::Flash => {
+                attention::flash_backward(grad, inputs, [out, lse], &segments, heads, scores)
+            }
+            attention::Path::Generic => {
+                let (grad, out, lse) = (Value(grad), Value(out), Value(lse));
+                let inputs = inputs.map(Value);
+                generic::attention_backward::<Self>(grad, inputs, out, lse, &segments, heads, scores)
+                    .map(|gradient| gradient.0)
+            }
+        };
+        (dq, dk, dv)
+    }
+
+    fn fused_head(hidden: TchTensor, w: TchTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
+        if !is_cpu(&hidden) {
+            let [logps, stats, lse] = generic::head::<Self>(Value(hidden), Value(w), &targets, logits);
+            return (logps.0, stats.0, lse.0);
+        }
+        let (n, vocab) = (targets.len(), w.tensor.size()[0] as usize);
+        let products = w.tensor.to_kind(hidden.tensor.kind()).tr();
+        let mut out = Forward::new(n);
+        let chunk = chunk_rows(vocab);
+        for start in (0..n).step_by(chunk) {
+            let rows = start..(start + chunk).min(n);
+            let mut z = logits_of(&hidden.tensor, &products, start, rows.len());
+            out.rows(values_mut(&mut z), rows, &targets, logits);
+        }
+        let new = |values: &[f32], shape: &[i64]| TchTensor::new(Tensor::from_slice(values).reshape(shape));
+        let n = n as i64;
+        (new(&out.logps, &[n]), new(&out.stats, &[n, 4]), new(&out.lse, &[n]))
+    }
+
+    fn head_backward(
+        grad: TchTensor,
+        hidden: TchTensor,
+        w: TchTensor,
+        lse: TchTensor,
+        targets: Arc<Vec<u32>>,
+        logits: Logits,
+        of_weight: bool,
+    ) -> Two<Self> {
+        if !is_cpu(&hidden) {
+            let inputs = [grad, hidden, w, lse].map(Value);
+            return two(generic::head_backward::<Self>(inputs, &targets, logits, of_weight));
+        }
+        let (hidden, kind) = (hidden.tensor, hidden.tensor.kind());
+        let (n, vocab, dim) = (targets.len(), w.tensor.size()[0], w.tensor.size()[1]);
+        let (grad, lse) = (grad.tensor.contiguous(), lse.tensor.contiguous());
+        let (grad, lse) = (values(&grad), values(&lse));
+        let weight = w.tensor.to_kind(kind);
+        let products = weight.tr();
+        let dh = hidden.empty_like();
+        let float = (Kind::Float, hidden.device());
+        let mut dw = Tensor::zeros([if of_weight { vocab } else { 0 }, dim], float);
+        let chunk = chunk_rows(vocab as usize);
+        for start in (0..n).step_by(chunk) {
+            let rows = start..(start + chunk).min(n);
+            let (at, len) = (start as i64, rows.len() as i64);
+            let mut z = logits_of(&hidden, &products, start, rows.len());
+            let part = rows.clone();
+            gradient_rows(
+                values_mut(&mut z),
+                &targets[part.clone()],
+                &lse[part.clone()],
+                &grad[part],
+                logits,
+            );
+            let dz = z.to_kind(kind);
+            dh.narrow(0, at, len).copy_(&dz.matmul(&weight));
+            if of_weight && kind == Kind::Float {
+                let _ = dw.addmm_(&dz.tr(), &hidden.narrow(0, at, len));
+            } else if of_weight {
+                dw += dz.tr().matmul(&hidden.narrow(0, at, len));
+            }
+        }
+        let dw = dw.to_kind(w.tensor.kind());
+        (TchTensor::new(dh), TchTensor::new(dw))
+    }
+}
+
+/// Products of some rows in a buffer of their own, `f32`.
+fn logits_of(hidden: &Tensor, weight: &Tensor, start: usize, rows: usize) -> Tensor {
+    hidden.narrow(0, start as i64, rows as i64).matmul(weight).to_kind(Kind::Float).contiguous()
+}
+
+fn activated(x: &Tensor, kind: Activation) -> Tensor {
+    match kind {
+        Activation::Silu => x.silu(),
+        Activation::GeluTanh => x.gelu("tanh"),
+    }
+}
+
+fn slope(grad: &Tensor, x: &Tensor, kind: Activation) -> Tensor {
+    match kind {
+        Activation::Silu => x.silu_backward(grad),
+        Activation::GeluTanh => x.gelu_backward(grad, "tanh"),
+    }
+}

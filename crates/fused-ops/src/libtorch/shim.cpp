@@ -1,0 +1,137 @@
+// Operations of ATen that the tch crate does not bind. Every function returns null, or a message that the caller
+// frees with shim_free; tensors that it returns belong to the caller.
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/GradMode.h>
+#include <ATen/ops/_flash_attention_backward.h>
+#include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+char *message(const char *text) {
+  char *copy = static_cast<char *>(std::malloc(std::strlen(text) + 1));
+  std::strcpy(copy, text);
+  return copy;
+}
+
+std::vector<at::Tensor> list(at::Tensor *const *tensors, size_t count) {
+  std::vector<at::Tensor> all;
+  all.reserve(count);
+  for (size_t i = 0; i < count; ++i)
+    all.push_back(*tensors[i]);
+  return all;
+}
+
+template <typename F> char *guarded(F &&body) {
+  try {
+    c10::NoGradGuard no_grad;
+    body();
+    return nullptr;
+  } catch (const std::exception &error) {
+    return message(error.what());
+  }
+}
+
+} // namespace
+
+extern "C" {
+
+void shim_free(char *text) { std::free(text); }
+
+// One AdamW step of `count` parameters with the same settings, in place. `divisor` divides the gradients, or is null.
+char *shim_adamw(at::Tensor *const *parameters, at::Tensor *const *gradients, at::Tensor *const *first,
+                 at::Tensor *const *second, size_t count, double step, double lr, double beta1, double beta2,
+                 double weight_decay, double eps, const at::Tensor *divisor) {
+  return guarded([&] {
+    auto p = list(parameters, count);
+    auto options = p.front().options().dtype(at::kFloat);
+    // The kernel takes a step for each tensor; all are the same.
+    std::vector<at::Tensor> steps(count, at::full({}, step, options));
+    std::optional<at::Tensor> scale;
+    if (divisor)
+      scale = *divisor;
+    at::_fused_adamw_(p, list(gradients, count), list(first, count), list(second, count), {}, steps, lr, beta1, beta2,
+                      weight_decay, eps, false, false, scale, std::nullopt);
+  });
+}
+
+// Euclidean norm of all elements of all tensors, on their device.
+char *shim_norm(at::Tensor *const *tensors, size_t count, at::Tensor **out) {
+  return guarded([&] {
+    auto norms = at::_foreach_norm(list(tensors, count), 2);
+    for (auto &norm : norms)
+      norm = norm.to(at::kFloat);
+    *out = new at::Tensor(at::linalg_vector_norm(at::stack(norms), 2).reshape({1}));
+  });
+}
+
+// Attention of variable lengths, causal from the bottom right: [tokens, heads, dim] of 16 bits, on CUDA.
+char *shim_flash_forward(const at::Tensor *q, const at::Tensor *k, const at::Tensor *v, const at::Tensor *starts_q,
+                         const at::Tensor *starts_k, int64_t max_q, int64_t max_k, double scale, int64_t window,
+                         at::Tensor **out, at::Tensor **lse) {
+  return guarded([&] {
+    std::optional<int64_t> left, right;
+    if (window > 0) {
+      left = window - 1;
+      right = 0;
+    }
+    auto result = at::_flash_attention_forward(*q, *k, *v, *starts_q, *starts_k, max_q, max_k, 0.0, true, false, scale,
+                                               left, right);
+    *out = new at::Tensor(std::get<0>(result));
+    *lse = new at::Tensor(std::get<1>(result));
+  });
+}
+
+char *shim_flash_backward(const at::Tensor *grad, const at::Tensor *q, const at::Tensor *k, const at::Tensor *v,
+                          const at::Tensor *out, const at::Tensor *lse, const at::Tensor *starts_q,
+                          const at::Tensor *starts_k, int64_t max_q, int64_t max_k, double scale, int64_t window,
+                          at::Tensor **dq, at::Tensor **dk, at::Tensor **dv) {
+  return guarded([&] {
+    std::optional<int64_t> left, right;
+    if (window > 0) {
+      left = window - 1;
+      right = 0;
+    }
+    // Only read where there is dropout.
+    auto random = at::empty({2}, q->options().dtype(at::kUInt64));
+    auto unused = at::empty({}, q->options().dtype(at::kUInt64));
+    auto result = at::_flash_attention_backward(*grad, *q, *k, *v, *out, *lse, *starts_q, *starts_k, max_q, max_k, 0.0,
+                                                true, random, unused, scale, left, right);
+    *dq = new at::Tensor(std::get<0>(result));
+    *dk = new at::Tensor(std::get<1>(result));
+    *dv = new at::Tensor(std::get<2>(result));
+  });
+}
+
+// Bytes that the allocator has had in use at most on a device, and the device's memory; zeros where that is not known.
+char *shim_memory(int device, uint64_t *peak, uint64_t *total) {
+  return guarded([&] {
+    *peak = *total = 0;
+    if (!at::globalContext().hasCUDA())
+      return;
+    auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *peak = static_cast<uint64_t>(stats.reserved_bytes[0].peak);
+#ifndef _WIN32
+    // Of the CUDA runtime that LibTorch has loaded; its headers are not part of LibTorch.
+    using MemGetInfo = int (*)(size_t *, size_t *);
+    if (auto ask = reinterpret_cast<MemGetInfo>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"))) {
+      size_t free = 0, all = 0;
+      if (ask(&free, &all) == 0)
+        *total = all;
+    }
+#endif
+  });
+}
+
+} // extern "C"

@@ -1,0 +1,278 @@
+//! The operations as a trait of backends, and the functions on tensors that dispatch to it.
+//!
+//! Every operation has a default composed of a backend's own ([`crate::generic`]); Flex and LibTorch replace what
+//! they do better, and `Autodiff<B>` (in `graph`) adds the backward passes.
+
+use std::sync::Arc;
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::generic::{self, Value};
+use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segments};
+
+/// Three tensors, such as gradients in the order of the operands.
+pub(crate) type Three<B> = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>);
+/// Two tensors.
+pub(crate) type Two<B> = (FloatTensor<B>, FloatTensor<B>);
+
+pub(crate) fn two<B: Backend>((a, b): (Value<B>, Value<B>)) -> Two<B> {
+    (a.0, b.0)
+}
+
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(any(feature = "wgpu", feature = "cubecl-cuda")),
+    Autodiff
+)]
+pub(crate) trait FusedOps: Backend {
+    /// Host values on the device of `like`, as `f32`.
+    fn upload_floats(like: FloatTensor<Self>, values: Vec<f32>, shape: Vec<usize>) -> FloatTensor<Self> {
+        Self::float_from_data(TensorData::new(values, shape), &like.device())
+    }
+    /// Indices on the device of `like`.
+    fn upload_indices(like: FloatTensor<Self>, values: Vec<u32>, shape: Vec<usize>) -> IntTensor<Self> {
+        let values: Vec<i32> = values.into_iter().map(|value| value as i32).collect();
+        Self::int_from_data(TensorData::new(values, shape), &like.device())
+    }
+    fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        generic::linear::<Self>(Value(x), Value(w)).0
+    }
+    /// Gradient of the input.
+    fn linear_grad_input(grad: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        generic::linear_grad_input::<Self>(Value(grad), Value(w)).0
+    }
+    /// Gradient of the weight.
+    fn linear_grad_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        generic::linear_grad_weight::<Self>(Value(grad), Value(x)).0
+    }
+    fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        generic::rms_norm::<Self>(Value(x), Value(w), eps).0
+    }
+    fn rms_norm_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        two(generic::rms_norm_backward::<Self>(Value(grad), Value(x), Value(w), eps))
+    }
+    fn fused_layer_norm(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        generic::layer_norm::<Self>(Value(x), Value(w), Value(b), eps).0
+    }
+    fn layer_norm_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let (dx, dw, db) = generic::layer_norm_backward::<Self>(Value(grad), Value(x), Value(w), eps);
+        (dx.0, dw.0, db.0)
+    }
+    fn fused_rotary(x: FloatTensor<Self>, table: Rotary, sign: f32) -> FloatTensor<Self> {
+        generic::rotary::<Self>(Value(x), &table, sign).0
+    }
+    fn fused_gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
+        generic::gated::<Self>(Value(gate), Value(up), kind).0
+    }
+    fn gated_backward(
+        grad: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        kind: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        two(generic::gated_backward::<Self>(Value(grad), Value(gate), Value(up), kind))
+    }
+    fn fused_activate(x: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
+        generic::activate::<Self>(Value(x), kind).0
+    }
+    fn activate_backward(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        kind: Activation,
+    ) -> FloatTensor<Self> {
+        generic::activate_backward::<Self>(Value(grad), Value(x), kind).0
+    }
+    /// Returns the output and the log-sum-exp of every query and head.
+    fn fused_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        two(generic::attention::<Self>(Value(q), Value(k), Value(v), &segments, heads, scores))
+    }
+    fn attention_backward(
+        grad: FloatTensor<Self>,
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        segments: Arc<Segments>,
+        heads: Heads,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let inputs = [q, k, v].map(Value);
+        let (grad, out, lse) = (Value(grad), Value(out), Value(lse));
+        let [dq, dk, dv] =
+            generic::attention_backward::<Self>(grad, inputs, out, lse, &segments, heads, scores);
+        (dq.0, dk.0, dv.0)
+    }
+    fn fused_sums(values: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FloatTensor<Self> {
+        generic::sums::<Self>(Value(values), &plan, sums).0
+    }
+    fn sums_backward(
+        grad: FloatTensor<Self>,
+        plan: Arc<Vec<(u32, u32)>>,
+        values: usize,
+    ) -> FloatTensor<Self> {
+        generic::sums_backward::<Self>(Value(grad), &plan, values).0
+    }
+    /// Returns the log-probabilities, the statistics and the log-sum-exp.
+    fn fused_head(
+        hidden: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+        logits: Logits,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [logps, stats, lse] = generic::head::<Self>(Value(hidden), Value(w), &targets, logits);
+        (logps.0, stats.0, lse.0)
+    }
+    /// Gradients of `hidden` and, if wanted, of `w`; otherwise the second is empty.
+    fn head_backward(
+        grad: FloatTensor<Self>,
+        hidden: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+        logits: Logits,
+        of_weight: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let inputs = [grad, hidden, w, lse].map(Value);
+        two(generic::head_backward::<Self>(inputs, &targets, logits, of_weight))
+    }
+}
+
+#[cfg(any(feature = "wgpu", feature = "cubecl-cuda"))]
+impl FusedOps for burn::backend::Cube {}
+
+fn dispatch<const D: usize>(tensor: burn::backend::DispatchTensor) -> Tensor<D> {
+    Tensor::from_dispatch(tensor)
+}
+
+/// Host values on the device of `like`, with its autodiff; on a CUDA device nothing waits for the copy.
+pub fn upload<const D: usize>(values: Vec<f32>, shape: [usize; D], like: &Tensor<2>) -> Tensor<D> {
+    let like = like.clone().into_dispatch();
+    dispatch(<Dispatch as FusedOps>::upload_floats(like, values, shape.to_vec()))
+}
+
+/// Rows of a table, `[rows.len(), cols]`.
+pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
+    let like = table.clone().into_dispatch();
+    let ids = <Dispatch as FusedOps>::upload_indices(like, rows.to_vec(), vec![rows.len()]);
+    table.select(0, Tensor::<1, Int>::from_dispatch(ids))
+}
+
+/// `x · wᵀ` with the weight as checkpoints hold it, in the data type of `x`. A weight that is not trained may have
+/// 16 bits (`BF16`).
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`; returns `[tokens, out]`.
+pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::fused_linear(x.into_dispatch(), w.into_dispatch()))
+}
+
+/// Root-mean-square norm, `x / sqrt(mean(x²) + eps) * w`.
+///
+/// # Shapes
+/// - `x`: `[tokens, n·dim]`, `w`: `[1, dim]`: each group of `dim` features is normalised by itself, so
+///   that the same function serves the per-head query and key norms of Qwen3.
+pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), w.into_dispatch(), eps))
+}
+
+/// Layer norm, `(x - mean) / sqrt(var + eps) * w + b`.
+///
+/// # Shapes
+/// - `x`: `[tokens, dim]`, `w` and `b`: `[1, dim]`.
+pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<2> {
+    let (x, w, b) = (x.into_dispatch(), w.into_dispatch(), b.into_dispatch());
+    dispatch(<Dispatch as FusedOps>::fused_layer_norm(x, w, b, eps))
+}
+
+/// Rotary position embedding in the half-split layout of Hugging Face checkpoints
+/// (`transformers.models.llama.modeling_llama.apply_rotary_pos_emb`).
+///
+/// # Shapes
+/// - `x`: `[tokens, heads · dim]`; `table` has one row a token.
+pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::fused_rotary(x.into_dispatch(), table.clone(), 1.0))
+}
+
+/// `activation(gate) * up` of a gated MLP.
+///
+/// # Shapes
+/// - `gate` and `up`: equal.
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::fused_gated(gate.into_dispatch(), up.into_dispatch(), activation))
+}
+
+/// An activation by itself; any shape.
+pub fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::fused_activate(x.into_dispatch(), activation))
+}
+
+/// Scaled dot-product attention over [`Segments`], without ever storing a `[tokens, tokens]` matrix.
+///
+/// # Shapes
+/// - `q`: `[queries, heads.query · dim]`; `k` and `v`: `[keys, heads.kv · dim]`; returns the shape of `q`.
+///   Rows of `q` outside every segment are zero.
+pub fn attention(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    segments: &Arc<Segments>,
+    heads: Heads,
+    scores: Scores,
+) -> Tensor<2> {
+    let (queries, keys) = segments.extent();
+    assert!(queries <= q.dims()[0] && keys <= k.dims()[0], "segments reach beyond the tensors");
+    assert!(segments.is_disjoint(), "segments overlap");
+    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+    let (out, _lse) = <Dispatch as FusedOps>::fused_attention(q, k, v, segments.clone(), heads, scores);
+    dispatch(out)
+}
+
+/// Language-model head: log-probability of one target a row, in chunks of rows, so that the
+/// `[n, vocab]` logits are never held. The backward pass computes each chunk again.
+///
+/// # Shapes
+/// - `hidden`: `[n, features]`, `w`: `[vocab, features]`, `targets`: `n` ids below `vocab`.
+pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Logits) -> HeadOutput {
+    let (n, vocab) = (hidden.dims()[0], w.dims()[0]);
+    assert_eq!(n, targets.len(), "one target for each row of `hidden`");
+    assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
+    let (hidden, w) = (hidden.into_dispatch(), w.into_dispatch());
+    let (logps, stats, _lse) = <Dispatch as FusedOps>::fused_head(hidden, w, targets.clone(), logits);
+    HeadOutput { logps: dispatch(logps), stats: dispatch::<2>(stats).inner() }
+}
+
+/// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.
+/// On Flex each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
+/// does not depend on what it is batched with.
+///
+/// # Shapes
+/// - `values`: `[n]`; returns `[sums]`.
+pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
+    dispatch(<Dispatch as FusedOps>::fused_sums(values.into_dispatch(), plan.clone(), sums))
+}

@@ -1,0 +1,67 @@
+//! Data types of a run: what frozen matrices are held in, and what is computed in.
+
+use burn::tensor::DType;
+use serde::Serialize;
+
+use crate::args::{Args, Dtype};
+
+/// Data types of a run. Weights that are trained, their gradients, the optimizer, the residual stream, norms, softmax
+/// and losses are always `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Precision {
+    /// Of matrices that are not trained.
+    pub frozen: &'static str,
+    /// Of matrix products and attention.
+    pub compute: &'static str,
+    /// Why.
+    pub reason: &'static str,
+}
+
+impl Precision {
+    /// What `--dtype` and `--bf16` ask for, or a usage error.
+    pub fn new(args: &Args) -> Result<Self, String> {
+        let adapter = args.peft.use_peft || args.peft.adapter_path.is_some();
+        let narrow = args.dtype == Dtype::Bfloat16;
+        let mixed = args.backend.has_bfloat16() && (narrow || args.bf16 == Some(true));
+        if narrow && !mixed {
+            args.backend.holds_bfloat16().map_err(|error| error.to_string())?;
+        }
+        let name = |narrow: bool| if narrow { "bfloat16" } else { "float32" };
+        Ok(Self {
+            frozen: name(narrow && adapter),
+            compute: name(mixed),
+            reason: match (mixed, narrow && adapter, args.backend.has_bfloat16()) {
+                (true, true, _) => {
+                    "asked for: products and the base model in bfloat16, what is trained and all sums in float32"
+                }
+                (true, false, _) => {
+                    "asked for: products in bfloat16; weights, gradients, softmax and losses in float32"
+                }
+                (false, true, _) => {
+                    "asked for: the base model's matrices in bfloat16; adapter and arithmetic in float32"
+                }
+                (false, false, true) => "full precision; --dtype bfloat16 is faster with this backend",
+                (false, false, false) => "full precision: this backend has no faster type for training",
+            },
+        })
+    }
+
+    /// Data type of frozen matrices.
+    pub fn frozen(self) -> DType {
+        dtype(self.frozen)
+    }
+
+    /// Data type of products.
+    pub fn compute(self) -> DType {
+        dtype(self.compute)
+    }
+
+    /// Distinguishes values computed in different types.
+    pub fn key(self) -> String {
+        format!("{} {}", self.frozen, self.compute)
+    }
+}
+
+fn dtype(name: &str) -> DType {
+    if name == "bfloat16" { DType::BF16 } else { DType::F32 }
+}
