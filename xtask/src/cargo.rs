@@ -6,6 +6,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
+use crate::backends::Build;
+use crate::report;
+
 /// The workspace.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
@@ -20,14 +23,26 @@ pub fn cargo(args: &[&str]) -> Command {
 
 /// Builds the binaries in release mode and returns the path of one.
 pub fn build(binary: &str) -> Result<PathBuf> {
+    build_with(binary, &Build::of(&[])?)
+}
+
+/// The same with other backends than the default.
+pub fn build_with(binary: &str, build: &Build) -> Result<PathBuf> {
+    let target = &build.target;
+    if !build.is_default && !target.join("release").exists() {
+        report(&format!("building with features of its own into {}: minutes, this once", target.display()));
+    }
     // All of them each time: one choice of features for the dependencies they share, built once.
-    let packages = ["--package", "clair-gen", "--package", "trainer", "--package", "eval"];
-    let args = [&["build", "--release", "--quiet"], packages.as_slice()].concat();
-    let status = cargo(&args).status().context("cannot run cargo")?;
-    if !status.success() {
+    let computing = ["trainer", "eval"];
+    let mut command = cargo(&["build", "--release", "--quiet", "--package", "trainer", "--package", "eval"]);
+    if build.is_default {
+        command.args(["--package", "clair-gen"]);
+    }
+    command.args(build.feature_flags(&computing)).arg("--target-dir").arg(target);
+    command.envs(build.environment.iter().map(|(name, value)| (name, value)));
+    if !command.status().context("cannot run cargo")?.success() {
         bail!("building failed");
     }
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     Ok(target.join("release").join(format!("{binary}{}", env::consts::EXE_SUFFIX)))
 }
 
@@ -35,7 +50,7 @@ pub fn build(binary: &str) -> Result<PathBuf> {
 #[cfg(unix)]
 pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
     use std::os::unix::process::CommandExt;
-    let path = build(binary)?;
+    let path = build_with(binary, &Build::for_arguments(args)?)?;
     let error = Command::new(&path).args(args).exec();
     Err(error).with_context(|| format!("cannot run {}", path.display()))
 }
@@ -43,7 +58,7 @@ pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
 /// Builds and runs a binary; its exit code is ours.
 #[cfg(not(unix))]
 pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
-    let path = build(binary)?;
+    let path = build_with(binary, &Build::for_arguments(args)?)?;
     let status =
         Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
@@ -51,7 +66,7 @@ pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
 
 /// Builds and runs a binary that must succeed.
 pub fn must(binary: &str, args: &[String]) -> Result<()> {
-    let path = build(binary)?;
+    let path = build_with(binary, &Build::for_arguments(args)?)?;
     let status =
         Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
     if status.success() { Ok(()) } else { bail!("{binary} {} failed ({status})", args.join(" ")) }

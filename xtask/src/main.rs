@@ -3,12 +3,14 @@
 //! Depends on no crate of the workspace, and has its own target directory (see .cargo/config.toml), so
 //! that it never waits for a build.
 
+mod backends;
 mod bench;
 mod cargo;
 mod check;
 mod ci;
 mod demo;
 mod fuzz;
+mod libtorch;
 mod tidy;
 
 use std::process::ExitCode;
@@ -17,7 +19,8 @@ use anyhow::{Result, bail};
 
 const HELP: &str = "\
 cargo xtask demo [--model DIR]        the whole loop on bundled data: revise, train, evaluate, report
-cargo xtask ci                        fmt, clippy, tests, docs, tidy and the demo: what CI runs
+cargo xtask ci                        fmt, clippy, tests, docs, tidy and the demo
+cargo xtask ci --backend tch,wgpu     the same tests on other backends; CI runs both commands
 
 cargo xtask sample --help             answers of a model to a file of prompts
 cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers
@@ -26,10 +29,13 @@ cargo xtask eval pairs --help         held-out preference metrics
 cargo xtask eval data --help          how contrastive, long, repetitive and biased a preference set is
 Without flags, generate-clair, train and eval run on the bundled data, one after the other.
 
+train, sample and eval take --backend flex|tch|cuda|wgpu|cubecl-cuda, which is built when it is first asked for.
+
 cargo xtask new-model --help          an untrained model directory
 cargo xtask demo-model                makes datasets/demo/model again
 cargo xtask bench head                GFLOP/s of the parts of a training step
 cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
+                        [--backend B ...] [--dtype T ...] [--length N]
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers

@@ -235,6 +235,9 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         (logps, stats, lse_out)
     }
 
+    fn head_products(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
     fn linear_grad_input(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }

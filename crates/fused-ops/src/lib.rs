@@ -19,6 +19,7 @@ mod graph;
 mod kernels;
 #[cfg(feature = "tch")]
 pub mod libtorch;
+#[allow(deprecated)]
 mod ops;
 mod optim;
 mod segments;

@@ -48,6 +48,10 @@ pub(crate) trait FusedOps: Backend {
     fn linear_grad_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear_grad_weight::<Self>(Value(grad), Value(x)).0
     }
+    /// `hidden · wᵀ` of the head in `f32`, products of narrower types summed so where the backend can.
+    fn head_products(hidden: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        Value::<Self>(hidden).matmul(Value(w).t()).wide().0
+    }
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         generic::rms_norm::<Self>(Value(x), Value(w), eps).0
     }
@@ -268,7 +272,7 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Lo
 }
 
 /// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.
-/// On Flex each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
+/// On Flex and LibTorch each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
 /// does not depend on what it is batched with.
 ///
 /// # Shapes

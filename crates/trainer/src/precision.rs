@@ -9,6 +9,8 @@ use crate::args::{Args, Dtype};
 /// and losses are always `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Precision {
+    /// What was asked for.
+    pub dtype: &'static str,
     /// Of matrices that are not trained.
     pub frozen: &'static str,
     /// Of matrix products and attention.
@@ -28,6 +30,7 @@ impl Precision {
         }
         let name = |narrow: bool| if narrow { "bfloat16" } else { "float32" };
         Ok(Self {
+            dtype: name(narrow || mixed),
             frozen: name(narrow && adapter),
             compute: name(mixed),
             reason: match (mixed, narrow && adapter, args.backend.has_bfloat16()) {

@@ -64,7 +64,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         opened.check_tensor(&weight.name, 4 * weight.shape.iter().product::<usize>() as u64)?;
     }
     backend::self_check(&opened)?;
-    say(&format!("device: {}; {} ({})", opened.name, settings.precision.compute, settings.precision.reason));
+    say(&format!("device: {}; {} ({})", opened.name, settings.precision.dtype, settings.precision.reason));
     let precision = settings.precision;
     let base = Decoder::load_as(&model_dir, &device, precision.frozen())?.computing_in(precision.compute());
     check_fit(settings, &base, &data)?;
@@ -112,7 +112,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         device: &opened.name,
         backends: backend::built(),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
-        dtype: precision.compute,
+        dtype: precision.dtype,
         dtype_reason: precision.reason,
         settings,
         total_steps: plan.total,

@@ -166,8 +166,7 @@ fn an_earlier_run_is_never_overwritten_unasked() {
 fn flags_without_effect_are_usage_errors() {
     let dir = tempfile::tempdir().unwrap();
     for (flags, says) in [
-        (&["--bf16", "True"][..], "--bf16"),
-        (&["--eval-strategy", "no"], "--eval-steps"),
+        (&["--eval-strategy", "no"][..], "--eval-steps"),
         (&["--save-strategy", "no"], "--save-steps"),
         (&["--lr-scheduler-type", "constant", "--warmup-steps", "3"], "--warmup-steps"),
         (&["--learning-rate=-1"], "--learning-rate"),
@@ -235,6 +234,9 @@ fn flags_without_effect_are_usage_errors() {
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
         assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     }
+    let with_flex = run(command(dir.path()).args(["--backend", "flex", "--bf16", "True"]));
+    assert_eq!(with_flex.status.code(), Some(2));
+    assert!(stderr(&with_flex).contains("--bf16"), "{}", stderr(&with_flex));
     // What only the data can tell.
     let output = run(command(dir.path()).args(["--sync-ref-model"]));
     assert!(stderr(&output).contains("--ref-model-sync-steps is 512"), "{}", stderr(&output));

@@ -19,9 +19,9 @@ fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(size).map(move |start| start..(start + size).min(rows))
 }
 
-/// Logits of some rows, in `f32`; the product itself in the data type of `hidden`.
+/// Logits of some rows, in `f32`.
 fn logits_of<B: FusedOps>(hidden: Value<B>, w: Value<B>, logits: Logits) -> Value<B> {
-    let products = hidden.matmul(w.t()).wide();
+    let products = Value(B::head_products(hidden.0, w.0));
     let scaled = if logits.scale == 1.0 { products } else { products * logits.scale };
     scaled.softcapped(logits.softcap)
 }

@@ -5,8 +5,10 @@
 //! the whole (FlashAttention-2, arXiv 2307.08691, section 2.3). On CUDA all segments are one call of variable
 //! lengths, whose causal mask is aligned at the last key: each query sees the whole prefix.
 
+use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, Weak};
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
 
 use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
@@ -211,19 +213,28 @@ impl Plan {
 }
 
 /// The plan of the segments that were last asked for: every layer of a pass has the same.
-static LAST: Mutex<Option<(Weak<Segments>, tch::Device, Arc<Plan>)>> = Mutex::new(None);
+struct Last {
+    of: Weak<Segments>,
+    device: tch::Device,
+    plan: Rc<Plan>,
+}
 
-fn plan(segments: &Arc<Segments>, device: tch::Device) -> Arc<Plan> {
-    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some((known, on, plan)) = last.as_ref()
-        && *on == device
-        && known.upgrade().is_some_and(|known| Arc::ptr_eq(&known, segments))
-    {
-        return plan.clone();
-    }
-    let plan = Arc::new(Plan::new(segments, device));
-    *last = Some((Arc::downgrade(segments), device, plan.clone()));
-    plan
+thread_local! {
+    static LAST: RefCell<Option<Last>> = const { RefCell::new(None) };
+}
+
+fn plan(segments: &Arc<Segments>, device: tch::Device) -> Rc<Plan> {
+    LAST.with_borrow_mut(|last| {
+        if let Some(last) = last
+            && last.device == device
+            && last.of.upgrade().is_some_and(|known| Arc::ptr_eq(&known, segments))
+        {
+            return last.plan.clone();
+        }
+        let plan = Rc::new(Plan::new(segments, device));
+        *last = Some(Last { of: Arc::downgrade(segments), device, plan: plan.clone() });
+        plan
+    })
 }
 
 /// `[tokens, heads, dim]`, and for keys those of the plan.

@@ -13,7 +13,7 @@ mod shim;
 
 use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
-use burn::backend::{DispatchDevice, TensorMetadata};
+use burn::backend::DispatchDevice;
 use burn::tensor::{Device, Tensor};
 use tch::Kind;
 

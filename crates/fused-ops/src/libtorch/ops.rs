@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 use super::{attention, is_cpu, upload, values, values_mut};
 use crate::generic::{self, Value};
 use crate::kernels::head::{Forward, chunk_rows, gradient_rows};
+use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
 use crate::{Activation, Heads, Logits, Scores, Segments};
 
@@ -20,6 +21,15 @@ impl FusedOps for LibTorch {
     fn upload_indices(like: TchTensor, values: Vec<u32>, shape: Vec<usize>) -> TchTensor {
         let values: Vec<i64> = values.into_iter().map(i64::from).collect();
         TchTensor::new(upload(&values, &shape, like.tensor.device()))
+    }
+
+    fn head_products(hidden: TchTensor, w: TchTensor) -> TchTensor {
+        let (hidden, w) = (hidden.tensor, w.tensor.tr());
+        TchTensor::new(match hidden.kind() {
+            Kind::Float => hidden.matmul(&w),
+            // Products of 16 bits summed in 32, which only CUDA has.
+            _ => hidden.mm_dtype(&w, Kind::Float),
+        })
     }
 
     fn fused_gated(gate: TchTensor, up: TchTensor, kind: Activation) -> TchTensor {
@@ -86,18 +96,29 @@ impl FusedOps for LibTorch {
         (dq, dk, dv)
     }
 
+    fn fused_sums(values: TchTensor, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> TchTensor {
+        let values = values.tensor;
+        let index = |pick: fn(&(u32, u32)) -> u32| {
+            let indices: Vec<i64> = plan.iter().map(|pair| i64::from(pick(pair))).collect();
+            upload(&indices, &[plan.len()], values.device())
+        };
+        let picked = values.index_select(0, &index(|pair| pair.0)).to_kind(Kind::Double);
+        let totals = Tensor::zeros([sums as i64], (Kind::Double, values.device()));
+        TchTensor::new(totals.index_add(0, &index(|pair| pair.1), &picked).to_kind(Kind::Float))
+    }
+
     fn fused_head(hidden: TchTensor, w: TchTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
         if !is_cpu(&hidden) {
             let [logps, stats, lse] = generic::head::<Self>(Value(hidden), Value(w), &targets, logits);
             return (logps.0, stats.0, lse.0);
         }
         let (n, vocab) = (targets.len(), w.tensor.size()[0] as usize);
-        let products = w.tensor.to_kind(hidden.tensor.kind()).tr();
+        let weight = w.tensor.to_kind(Kind::Float).contiguous();
         let mut out = Forward::new(n);
         let chunk = chunk_rows(vocab);
         for start in (0..n).step_by(chunk) {
             let rows = start..(start + chunk).min(n);
-            let mut z = logits_of(&hidden.tensor, &products, start, rows.len());
+            let mut z = logits_of(&hidden.tensor, &weight, start, rows.len());
             out.rows(values_mut(&mut z), rows, &targets, logits);
         }
         let new = |values: &[f32], shape: &[i64]| TchTensor::new(Tensor::from_slice(values).reshape(shape));
@@ -118,12 +139,13 @@ impl FusedOps for LibTorch {
             let inputs = [grad, hidden, w, lse].map(Value);
             return two(generic::head_backward::<Self>(inputs, &targets, logits, of_weight));
         }
-        let (hidden, kind) = (hidden.tensor, hidden.tensor.kind());
+        let hidden = hidden.tensor;
+        let kind = hidden.kind();
         let (n, vocab, dim) = (targets.len(), w.tensor.size()[0], w.tensor.size()[1]);
         let (grad, lse) = (grad.tensor.contiguous(), lse.tensor.contiguous());
         let (grad, lse) = (values(&grad), values(&lse));
         let weight = w.tensor.to_kind(kind);
-        let products = weight.tr();
+        let wide = w.tensor.to_kind(Kind::Float).contiguous();
         let dh = hidden.empty_like();
         let float = (Kind::Float, hidden.device());
         let mut dw = Tensor::zeros([if of_weight { vocab } else { 0 }, dim], float);
@@ -131,7 +153,7 @@ impl FusedOps for LibTorch {
         for start in (0..n).step_by(chunk) {
             let rows = start..(start + chunk).min(n);
             let (at, len) = (start as i64, rows.len() as i64);
-            let mut z = logits_of(&hidden, &products, start, rows.len());
+            let mut z = logits_of(&hidden, &wide, start, rows.len());
             let part = rows.clone();
             gradient_rows(
                 values_mut(&mut z),
@@ -153,9 +175,16 @@ impl FusedOps for LibTorch {
     }
 }
 
-/// Products of some rows in a buffer of their own, `f32`.
+/// Products of some rows in a buffer of their own, in `f32`: rounded to 16 bits each logit would be off by up to a
+/// tenth, and their sums over a completion by more than a step of training changes. By this crate's product, which
+/// LibTorch's library only matches on Intel's processors.
 fn logits_of(hidden: &Tensor, weight: &Tensor, start: usize, rows: usize) -> Tensor {
-    hidden.narrow(0, start as i64, rows as i64).matmul(weight).to_kind(Kind::Float).contiguous()
+    let hidden = hidden.narrow(0, start as i64, rows as i64).to_kind(Kind::Float).contiguous();
+    let (vocab, dim) = (weight.size()[0] as usize, weight.size()[1] as usize);
+    let mut out = Tensor::empty([rows as i64, vocab as i64], (Kind::Float, hidden.device()));
+    let (a, b) = (Mat::rows(values(&hidden), dim), Mat::rows(values(weight), dim).t());
+    matmul(values_mut(&mut out), false, (rows, vocab, dim), a, b);
+    out
 }
 
 fn activated(x: &Tensor, kind: Activation) -> Tensor {
