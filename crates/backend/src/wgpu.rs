@@ -104,7 +104,7 @@ pub fn open(index: Option<usize>) -> Result<Opened, Error> {
     Backend::Wgpu.in_range(index, all.len())?;
     let adapter = &all[index];
     let (device, setup) = Device::wgpu_options()
-        .device_kind(adapter.kind)
+        .device_kind(adapter.kind.clone())
         .init_with_setup()
         .map_err(|error| unusable(format!("{adapter} cannot be opened: {error}")))?;
     let limits = setup.device.limits();

@@ -235,6 +235,9 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         (logps, stats, lse_out)
     }
 
+    fn weight_as(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
     fn head_products(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }

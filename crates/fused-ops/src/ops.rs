@@ -37,6 +37,10 @@ pub(crate) trait FusedOps: Backend {
         let values: Vec<i32> = values.into_iter().map(|value| value as i32).collect();
         Self::int_from_data(TensorData::new(values, shape), &like.device())
     }
+    /// A weight in the data type of `like`.
+    fn weight_as(w: FloatTensor<Self>, like: FloatTensor<Self>) -> FloatTensor<Self> {
+        Value::<Self>(w).cast(like.dtype()).0
+    }
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear::<Self>(Value(x), Value(w)).0
     }

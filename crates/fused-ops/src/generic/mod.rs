@@ -20,14 +20,14 @@ use crate::ops::FusedOps;
 
 /// `x · wᵀ` in the data type of `x`.
 pub fn linear<B: FusedOps>(x: Value<B>, w: Value<B>) -> Value<B> {
-    let dtype = x.dtype();
-    x.matmul(w.cast(dtype).t())
+    let w = w.as_weight_for(&x);
+    x.matmul(w.t())
 }
 
 /// Gradient of the input of [`linear`].
 pub fn linear_grad_input<B: FusedOps>(grad: Value<B>, w: Value<B>) -> Value<B> {
-    let dtype = grad.dtype();
-    grad.matmul(w.cast(dtype))
+    let w = w.as_weight_for(&grad);
+    grad.matmul(w)
 }
 
 /// Gradient of the weight of [`linear`].

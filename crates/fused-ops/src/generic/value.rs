@@ -51,6 +51,11 @@ impl<B: FusedOps> Value<B> {
         Self(B::upload_floats(like.0.clone(), values, shape.to_vec()))
     }
 
+    /// A weight in the data type of what it is multiplied with.
+    pub fn as_weight_for(self, other: &Self) -> Self {
+        if self.dtype() == other.dtype() { self } else { Self(B::weight_as(self.0, other.0.clone())) }
+    }
+
     /// Indices on the device of `like`.
     pub fn indices(values: Vec<u32>, shape: &[usize], like: &Self) -> IntTensor<B> {
         B::upload_indices(like.0.clone(), values, shape.to_vec())

@@ -2,6 +2,8 @@
 
 pub mod adamw;
 pub mod attention;
+#[cfg(any(feature = "tch", test))]
+pub mod dither;
 pub mod elementwise;
 pub mod head;
 pub mod matrix;

@@ -6,8 +6,9 @@ use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
 
-use super::{attention, is_cpu, upload, values, values_mut};
+use super::{attention, halves_mut, is_cpu, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
+use crate::kernels::dither::dither;
 use crate::kernels::head::{Forward, chunk_rows, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
@@ -21,6 +22,10 @@ impl FusedOps for LibTorch {
     fn upload_indices(like: TchTensor, values: Vec<u32>, shape: Vec<usize>) -> TchTensor {
         let values: Vec<i64> = values.into_iter().map(i64::from).collect();
         TchTensor::new(upload(&values, &shape, like.tensor.device()))
+    }
+
+    fn weight_as(w: TchTensor, like: TchTensor) -> TchTensor {
+        TchTensor::new(narrowed(&w.tensor, like.tensor.kind()))
     }
 
     fn head_products(hidden: TchTensor, w: TchTensor) -> TchTensor {
@@ -144,7 +149,7 @@ impl FusedOps for LibTorch {
         let (n, vocab, dim) = (targets.len(), w.tensor.size()[0], w.tensor.size()[1]);
         let (grad, lse) = (grad.tensor.contiguous(), lse.tensor.contiguous());
         let (grad, lse) = (values(&grad), values(&lse));
-        let weight = w.tensor.to_kind(kind);
+        let weight = narrowed(&w.tensor, kind);
         let wide = w.tensor.to_kind(Kind::Float).contiguous();
         let dh = hidden.empty_like();
         let float = (Kind::Float, hidden.device());
@@ -175,6 +180,20 @@ impl FusedOps for LibTorch {
     }
 }
 
+/// A weight in another data type; from 32 to 16 bits by [`dither`].
+fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
+    if w.kind() != Kind::Float || kind != Kind::BFloat16 {
+        return w.to_kind(kind);
+    }
+    if w.device() != tch::Device::Cpu {
+        return shim::dither(w);
+    }
+    let w = w.contiguous();
+    let mut out = Tensor::empty(w.size(), (kind, w.device()));
+    dither(values(&w), halves_mut(&mut out));
+    out
+}
+
 /// Products of some rows in a buffer of their own, in `f32`: rounded to 16 bits each logit would be off by up to a
 /// tenth, and their sums over a completion by more than a step of training changes. By this crate's product, which
 /// LibTorch's library only matches on Intel's processors.
@@ -198,5 +217,20 @@ fn slope(grad: &Tensor, x: &Tensor, kind: Activation) -> Tensor {
     match kind {
         Activation::Silu => x.silu_backward(grad),
         Activation::GeluTanh => x.gelu_backward(grad, "tanh"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_dithered_alike_by_the_kernel_and_by_operations_of_a_device() {
+        let w = Tensor::from_slice(&(0..50_000).map(|i| (i as f32 * 0.711).sin() * 3.0).collect::<Vec<_>>());
+        let w = Tensor::cat(&[w, Tensor::from_slice(&[f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0])], 0);
+        let (kernel, operations) = (narrowed(&w, Kind::BFloat16), shim::dither(&w));
+        assert_eq!(operations.kind(), Kind::BFloat16);
+        assert!(bool::try_from(kernel.eq_tensor(&operations).all()).unwrap_or(false));
+        assert!(bool::try_from((&kernel - &w).abs().le(0.02).masked_select(&w.isfinite()).all()).is_ok());
     }
 }

@@ -114,6 +114,24 @@ char *shim_flash_backward(const at::Tensor *grad, const at::Tensor *q, const at:
   });
 }
 
+// f32 to bf16, rounded up from a threshold that depends on the place of each element: see kernels/dither.rs.
+char *shim_dither(const at::Tensor *weight, at::Tensor **out) {
+  return guarded([&] {
+    auto bits = weight->contiguous().view(at::kInt).flatten();
+    auto mask = [](const at::Tensor &x, int shift) {
+      // A logical shift of the 32 bits, which are signed here.
+      return at::bitwise_and(at::bitwise_right_shift(x, shift), static_cast<int64_t>((1u << (32 - shift)) - 1));
+    };
+    auto i = at::arange(bits.numel(), bits.options());
+    i = at::bitwise_xor(i, mask(i, 16)).mul_(static_cast<int32_t>(0x85ebca6bu));
+    i = at::bitwise_xor(i, mask(i, 13)).mul_(static_cast<int32_t>(0xc2b2ae35u));
+    auto special = at::bitwise_and(bits, 0x7f800000).eq(0x7f800000);
+    auto up = mask(i, 16).masked_fill_(special, 0);
+    auto high = at::bitwise_right_shift(bits + up, 16).to(at::kShort);
+    *out = new at::Tensor(high.view(at::kBFloat16).view(weight->sizes()));
+  });
+}
+
 // Bytes that the allocator has had in use at most on a device, and the device's memory; zeros where that is not known.
 char *shim_memory(int device, uint64_t *peak, uint64_t *total) {
   return guarded([&] {

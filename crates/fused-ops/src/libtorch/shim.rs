@@ -55,6 +55,7 @@ unsafe extern "C" {
         dk: *mut *mut C_tensor,
         dv: *mut *mut C_tensor,
     ) -> *mut c_char;
+    fn shim_dither(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     fn shim_memory(device: c_int, peak: *mut u64, total: *mut u64) -> *mut c_char;
 }
 
@@ -184,6 +185,14 @@ pub fn flash_backward(
         )
     });
     [dq, dk, dv].map(owned)
+}
+
+/// A weight of 32 bits as [`crate::kernels::dither`] rounds it, on its device.
+pub fn dither(weight: &Tensor) -> Tensor {
+    let mut out = null_mut();
+    // SAFETY: the tensor lives as long as the call.
+    check(unsafe { shim_dither(weight.as_ptr(), &raw mut out) });
+    owned(out)
 }
 
 /// Bytes reserved at most on a CUDA device, and all of its memory; 0 where not known.

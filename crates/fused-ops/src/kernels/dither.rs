@@ -1,0 +1,65 @@
+//! Weights of 32 bits rounded to 16 without losing what training changes.
+//!
+//! A step of training moves a weight by much less than the distance between two 16-bit floats. Rounded to the
+//! nearest, weights that came from a 16-bit checkpoint stay where they are, and products do not see the training at
+//! all. Here each weight has a threshold of its own that says from which fraction on it is rounded up: the fraction
+//! of the weights that are rounded up is the fraction of the distance, so that sums over many weights are right. The
+//! threshold depends on the place of the weight alone: the same weights give the same results in every pass and run,
+//! and a weight that is a 16-bit float already stays exactly that.
+
+use rayon::prelude::*;
+
+use super::simd::{CHUNK, wide};
+
+/// Threshold of element `i`, 16 bits (the finalizer of MurmurHash3).
+#[inline(always)]
+fn threshold(i: u32) -> u32 {
+    let i = (i ^ (i >> 16)).wrapping_mul(0x85eb_ca6b);
+    let i = (i ^ (i >> 13)).wrapping_mul(0xc2b2_ae35);
+    i >> 16
+}
+
+/// Rounds `values` into the bits of brain floats.
+pub fn dither(values: &[f32], out: &mut [u16]) {
+    out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (out, values))| {
+        let first = (chunk * CHUNK) as u32;
+        wide(
+            #[inline(always)]
+            || {
+                for (i, (out, value)) in out.iter_mut().zip(values).enumerate() {
+                    let bits = value.to_bits();
+                    // The carry rounds away from zero; infinities and NaNs have nothing to round.
+                    let special = bits & 0x7f80_0000 == 0x7f80_0000;
+                    let up = if special { 0 } else { threshold(first.wrapping_add(i as u32)) };
+                    *out = (bits.wrapping_add(up) >> 16) as u16;
+                }
+            },
+        );
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn dithered(values: &[f32]) -> Vec<f32> {
+        let mut out = vec![0; values.len()];
+        dither(values, &mut out);
+        out.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
+    }
+
+    #[test]
+    fn brain_floats_stay_and_others_are_right_on_average() {
+        let exact: Vec<f32> = (0..1000).map(|i| bf16::from_f32(i as f32 * 0.37 - 150.0).to_f32()).collect();
+        assert_eq!(dithered(&exact), exact);
+        // A hundredth of the distance to the next: nearest rounding would leave them all.
+        let moved: Vec<f32> = vec![1.0 + 0.0078125 / 100.0; 1 << 20];
+        let mean = dithered(&moved).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
+        assert!((mean - f64::from(moved[0])).abs() < 2e-6, "{mean}");
+        let negative: Vec<f32> = moved.iter().map(|v| -v).collect();
+        let mean = dithered(&negative).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
+        assert!((mean + f64::from(moved[0])).abs() < 2e-6, "{mean}");
+        assert!(dithered(&[f32::NAN])[0].is_nan() && dithered(&[f32::INFINITY])[0].is_infinite());
+    }
+}
