@@ -27,20 +27,31 @@ fn difference<const D: usize>(a: &Tensor<D>, b: &Tensor<D>) -> f32 {
 
 /// Runs `op` on both paths and compares the value and the gradient of every input under a random
 /// weighting of the output. The tolerance is Flex's.
-fn check(inputs: &[Tensor<2>], tolerance: f32, fused: impl Fn() -> Tensor<2>, plain: impl Fn() -> Tensor<2>) {
+fn check(
+    inputs: &[Tensor<2>],
+    tolerance: f32,
+    fused: impl Fn(&[Tensor<2>]) -> Tensor<2>,
+    plain: impl Fn(&[Tensor<2>]) -> Tensor<2>,
+) {
     let tolerance = tolerance * under_test().backend.tolerance().operations as f32;
-    let (a, b) = (fused(), plain());
+    let on_flex: Vec<Tensor<2>> = inputs.iter().map(flex).collect();
+    let (a, b) = (fused(inputs), plain(&on_flex));
     assert_eq!(a.dims(), b.dims());
     assert!(difference(&a, &b) < tolerance, "values differ by {:e}", difference(&a, &b));
     let weights = random(a.dims()[0], a.dims()[1]);
     let grads_a = (a * weights.clone()).sum().backward();
-    let grads_b = (b * weights).sum().backward();
-    for (i, input) in inputs.iter().enumerate() {
-        let (ga, gb) = (input.grad(&grads_a).unwrap(), input.grad(&grads_b).unwrap());
+    let grads_b = (b * flex(&weights)).sum().backward();
+    for (i, (input, on_flex)) in inputs.iter().zip(&on_flex).enumerate() {
+        let (ga, gb) = (input.grad(&grads_a).unwrap(), on_flex.grad(&grads_b).unwrap());
         let scale = gb.clone().abs().max().into_scalar::<f32>().max(1.0);
         let worst = difference(&ga, &gb) / scale;
         assert!(worst < tolerance, "gradient {i} differs by {worst:e} (relative)");
     }
+}
+
+/// A leaf of its own with the same values on Flex, where the plain formulas are computed.
+fn flex(tensor: &Tensor<2>) -> Tensor<2> {
+    tensor.clone().inner().to_device(&Device::flex()).autodiff().require_grad()
 }
 
 #[test]
@@ -49,8 +60,8 @@ fn linear_matches() {
     check(
         &[x.clone(), w.clone()],
         1e-5,
-        || fused_ops::linear(x.clone(), w.clone()),
-        || plain::linear(x.clone(), w.clone()),
+        |i| fused_ops::linear(i[0].clone(), i[1].clone()),
+        |i| plain::linear(i[0].clone(), i[1].clone()),
     );
 }
 
@@ -60,21 +71,21 @@ fn norms_match() {
     check(
         &[x.clone(), w.clone()],
         1e-5,
-        || fused_ops::rms_norm(x.clone(), w.clone(), 1e-6),
-        || plain::rms_norm(x.clone(), w.clone(), 1e-6),
+        |i| fused_ops::rms_norm(i[0].clone(), i[1].clone(), 1e-6),
+        |i| plain::rms_norm(i[0].clone(), i[1].clone(), 1e-6),
     );
     let per_head = random(1, 16);
     check(
         &[x.clone(), per_head.clone()],
         1e-5,
-        || fused_ops::rms_norm(x.clone(), per_head.clone(), 1e-6),
-        || plain::rms_norm(x.clone(), per_head.clone(), 1e-6),
+        |i| fused_ops::rms_norm(i[0].clone(), i[1].clone(), 1e-6),
+        |i| plain::rms_norm(i[0].clone(), i[1].clone(), 1e-6),
     );
     check(
         &[x.clone(), w.clone(), b.clone()],
         1e-5,
-        || fused_ops::layer_norm(x.clone(), w.clone(), b.clone(), 1e-5),
-        || plain::layer_norm(x.clone(), w.clone(), b.clone(), 1e-5),
+        |i| fused_ops::layer_norm(i[0].clone(), i[1].clone(), i[2].clone(), 1e-5),
+        |i| plain::layer_norm(i[0].clone(), i[1].clone(), i[2].clone(), 1e-5),
     );
 }
 
@@ -94,8 +105,8 @@ fn rotary_and_activations_match() {
         check(
             std::slice::from_ref(&x),
             1e-6,
-            || fused_ops::rotary(x.clone(), &table),
-            || plain::rotary(x.clone(), &table),
+            |i| fused_ops::rotary(i[0].clone(), &table),
+            |i| plain::rotary(i[0].clone(), &table),
         );
     }
     let (gate, up) = (random(tokens, 33), random(tokens, 33));
@@ -103,14 +114,14 @@ fn rotary_and_activations_match() {
         check(
             &[gate.clone(), up.clone()],
             1e-5,
-            || fused_ops::gated(gate.clone(), up.clone(), kind),
-            || plain::gated(gate.clone(), up.clone(), kind),
+            |i| fused_ops::gated(i[0].clone(), i[1].clone(), kind),
+            |i| plain::gated(i[0].clone(), i[1].clone(), kind),
         );
         check(
             std::slice::from_ref(&gate),
             1e-5,
-            || fused_ops::activate(gate.clone(), kind),
-            || plain::activate(gate.clone(), kind),
+            |i| fused_ops::activate(i[0].clone(), kind),
+            |i| plain::activate(i[0].clone(), kind),
         );
     }
 }
@@ -134,8 +145,8 @@ fn packed_attention_matches() {
         check(
             &[q.clone(), k.clone(), v.clone()],
             2e-5,
-            || fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores),
-            || plain::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores),
+            |i| fused_ops::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
+            |i| plain::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
         );
     }
 }
@@ -150,7 +161,7 @@ fn attention_over_a_cache_matches() {
     let (q, k, v) = (random(5, 32), random(30, 32), random(30, 32));
     let scores = Scores::scaled(0.5);
     let out = fused_ops::attention(q.clone(), k.clone(), v.clone(), &segments, heads, scores);
-    let want = plain::attention(q, k, v, &segments, heads, scores);
+    let want = plain::attention(flex(&q), flex(&k), flex(&v), &segments, heads, scores);
     assert!(difference(&out, &want) < 1e-5 * under_test().backend.tolerance().operations as f32);
     let unattended = out.inner().narrow(0, 4, 1).abs().sum().into_scalar::<f32>();
     assert_eq!(unattended, 0.0, "a query outside every segment stays zero");
@@ -165,11 +176,11 @@ fn head_matches() {
         check(
             &[h.clone(), w.clone()],
             1e-5,
-            || flat(fused_ops::head(h.clone(), w.clone(), &targets, logits)),
-            || flat(plain::head(h.clone(), w.clone(), &targets, logits)),
+            |i| flat(fused_ops::head(i[0].clone(), i[1].clone(), &targets, logits)),
+            |i| flat(plain::head(i[0].clone(), i[1].clone(), &targets, logits)),
         );
         let fused = fused_ops::head(h.clone(), w.clone(), &targets, logits).stats;
-        let want = plain::head(h.clone(), w.clone(), &targets, logits).stats;
+        let want = plain::head(flex(&h), flex(&w), &targets, logits).stats;
         let tolerance = 2e-5 * under_test().backend.tolerance().operations as f32;
         assert!(
             difference(&fused, &want) < tolerance,
@@ -181,6 +192,9 @@ fn head_matches() {
 
 #[test]
 fn weights_of_sixteen_bits_are_their_values() {
+    if under_test().backend.holds_bfloat16().is_err() {
+        return;
+    }
     let (x, w) = (random(11, 24), random(9, 24).inner());
     let narrow = w.cast(DType::BF16);
     let (wide, narrow) = (Tensor::from_inner(narrow.clone().cast(DType::F32)), Tensor::from_inner(narrow));
@@ -210,16 +224,16 @@ fn frozen_weights_change_no_gradient_and_get_none() {
 
 #[test]
 fn head_of_a_large_vocabulary_takes_several_chunks() {
-    let (n, vocab) = (50, 600_000);
+    let (n, vocab) = (250, 140_000);
     let (h, w) = (random(n, 2), random(vocab, 2));
-    let targets = Arc::new((0..n as u32).map(|i| i * 11_999).collect::<Vec<u32>>());
+    let targets = Arc::new((0..n as u32).map(|i| i * 559).collect::<Vec<u32>>());
     let flat = |out: fused_ops::HeadOutput| out.logps.reshape([n, 1]);
     check(
         &[h.clone(), w.clone()],
-        // The plain path sums 600,000 terms in 32 bits.
+        // The plain path sums 140,000 terms in 32 bits.
         1e-4,
-        || flat(fused_ops::head(h.clone(), w.clone(), &targets, Logits::default())),
-        || flat(plain::head(h.clone(), w.clone(), &targets, Logits::default())),
+        |i| flat(fused_ops::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
+        |i| flat(plain::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
     );
 }
 
@@ -263,12 +277,12 @@ fn adamw_is_torchs() {
 fn sums_match() {
     let x = random(9, 1);
     let plan = Arc::new(vec![(0, 0), (1, 0), (1, 2), (4, 2), (8, 1), (7, 2)]);
-    let sums = |f: &dyn Fn(Tensor<1>) -> Tensor<1>| f(x.clone().reshape([9])).reshape([3, 1]);
+    let values = |i: &[Tensor<2>]| i[0].clone().reshape([9]);
     check(
         std::slice::from_ref(&x),
         1e-6,
-        || sums(&|v| fused_ops::sum_into(v, &plan, 3)),
-        || sums(&|v| plain::sum_into(v, &plan, 3)),
+        |i| fused_ops::sum_into(values(i), &plan, 3).reshape([3, 1]),
+        |i| plain::sum_into(values(i), &plan, 3).reshape([3, 1]),
     );
 }
 

@@ -109,21 +109,40 @@ impl<B: Backend> Value<B> {
         self.clone() * self
     }
 
+    /// -1, 0 or 1.
+    pub fn sign(self) -> Self {
+        Self(B::float_sign(self.0))
+    }
+
     /// At most 0.
     pub fn negative_part(self) -> Self {
         Self(B::float_clamp_max(self.0, Scalar::from(0.0_f32)))
     }
 
     pub fn sum(self, dim: usize) -> Self {
-        Self(B::float_sum_dim(self.0, dim))
+        self.reduced(dim, |part| Self(B::float_sum_dim(part.0, dim)))
     }
 
     pub fn mean(self, dim: usize) -> Self {
-        Self(B::float_mean_dim(self.0, dim))
+        let size = self.dims()[dim];
+        self.sum(dim) * (1.0 / size as f32)
     }
 
     pub fn max(self, dim: usize) -> Self {
-        Self(B::float_max_dim(self.0, dim))
+        self.reduced(dim, |part| Self(B::float_max_dim(part.0, dim)))
+    }
+
+    /// A reduction of one dimension, in two stages where it is long: CubeCL's kernels leave out values of rows of
+    /// more than about 200,000.
+    fn reduced(self, dim: usize, reduce: impl Fn(Self) -> Self) -> Self {
+        const LONGEST: usize = 1 << 16;
+        let size = self.dims()[dim];
+        if size <= LONGEST {
+            return reduce(self);
+        }
+        let starts = (0..size).step_by(LONGEST);
+        let parts = starts.map(|start| reduce(self.clone().narrow(dim, start..(start + LONGEST).min(size))));
+        reduce(Self::cat(parts.collect(), dim))
     }
 
     pub fn matmul(self, other: Self) -> Self {
