@@ -19,18 +19,18 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
     match args {
         [] => all_checks()?,
-        [flag, list] if flag == "--backend" => {
+        [flag, list, rest @ ..] if flag == "--backend" && (rest.is_empty() || rest == ["--all"]) => {
             let names: Vec<&str> = list.split(',').collect();
-            on_backends(&names)?;
+            on_backends(&names, !rest.is_empty())?;
         }
-        _ => bail!("usage: cargo xtask ci [--backend NAME,NAME]"),
+        _ => bail!("usage: cargo xtask ci [--backend NAME,NAME [--all]]"),
     }
     report(&format!("ci: all checks passed in {:.0} s", started.elapsed().as_secs_f64()));
     Ok(ExitCode::SUCCESS)
 }
 
 /// Tests, and the demo, on each of the backends.
-fn on_backends(names: &[&str]) -> Result<()> {
+fn on_backends(names: &[&str], all: bool) -> Result<()> {
     let build = Build::of(names)?;
     let packages: Vec<&str> = COMPUTING.iter().flat_map(|name| ["--package", name]).collect();
     let features = build.feature_flags(&COMPUTING);
@@ -38,9 +38,16 @@ fn on_backends(names: &[&str]) -> Result<()> {
     let target = build.target.display().to_string();
     let shared = [base.as_slice(), &["--release", "--locked", "--target-dir", &target]].concat();
     let environment = |backend: &str| {
-        let mut all = build.environment.clone();
-        all.push(("CLAIR_BACKEND", backend.into()));
-        all
+        let mut set = build.environment.clone();
+        set.push(("CLAIR_BACKEND", backend.into()));
+        if backend == "wgpu" {
+            // Kernels of a software adapter are compiled once, and not in each of the tests' processes.
+            set.push(("MESA_SHADER_CACHE_DIR", build.target.join("shaders").into()));
+            if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+                set.push(("XDG_RUNTIME_DIR", std::env::temp_dir().into()));
+            }
+        }
+        set
     };
     step("clippy", || {
         let args = [&["clippy"], shared.as_slice(), &["--all-targets"]].concat();
@@ -48,10 +55,40 @@ fn on_backends(names: &[&str]) -> Result<()> {
     })?;
     for name in names {
         step(&format!("tests on {name}"), || {
-            checked(&[&["test"], shared.as_slice()].concat(), &[], &environment(name))
+            tests_of(name, all).into_iter().try_for_each(|tests| {
+                checked(&[&["test"], shared.as_slice(), tests].concat(), &[], &environment(name))
+            })
         })?;
     }
     Ok(())
+}
+
+/// Arguments of the test commands of a backend. On a software adapter of Vulkan every process compiles its kernels
+/// anew and a step takes seconds: there one set of trajectories is run instead of all, and none of the tests of the
+/// trainer's files and flags, in which the backend has no part. `--all` runs everything.
+fn tests_of(backend: &str, all: bool) -> Vec<&'static [&'static str]> {
+    if backend != "wgpu" || all {
+        return vec![&[]];
+    }
+    vec![
+        &[
+            "--lib",
+            "--bins",
+            "--test",
+            "kernels",
+            "--test",
+            "values",
+            "--test",
+            "families",
+            "--test",
+            "packing",
+            "--test",
+            "reference",
+            "--test",
+            "commands",
+        ],
+        &["--test", "trajectories", "apo_zero_on_every_family"],
+    ]
 }
 
 fn all_checks() -> Result<()> {

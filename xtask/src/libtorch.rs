@@ -33,7 +33,10 @@ impl LibTorch {
             Some(dir) => {
                 let dir = PathBuf::from(dir);
                 let version = version_in(&dir).with_context(|| {
-                    format!("LIBTORCH={}: no LibTorch (build-version or version.py, include, lib)", dir.display())
+                    format!(
+                        "LIBTORCH={}: no LibTorch (build-version or version.py, include, lib)",
+                        dir.display()
+                    )
                 })?;
                 if plain(&version) != VERSION {
                     bail!("LIBTORCH={}: is version {version}, needed is {VERSION}", dir.display());
@@ -46,7 +49,10 @@ impl LibTorch {
             },
         };
         if cuda && !dir.join("lib/libtorch_cuda.so").exists() && cfg!(target_os = "linux") {
-            bail!("{}: this LibTorch is without CUDA; unset LIBTORCH, or point it to one with CUDA", dir.display());
+            bail!(
+                "{}: this LibTorch is without CUDA; unset LIBTORCH, or point it to one with CUDA",
+                dir.display()
+            );
         }
         let lib = dir.join("lib");
         let home = if cuda || !lib.join("libtorch.so").exists() { dir } else { without_cuda(&dir)? };
@@ -57,7 +63,9 @@ impl LibTorch {
     pub fn environment(&self) -> Vec<(&'static str, OsString)> {
         let path = if cfg!(target_os = "macos") { "DYLD_LIBRARY_PATH" } else { "LD_LIBRARY_PATH" };
         let separated = env::var("CARGO_ENCODED_RUSTFLAGS").ok();
-        let plain = || env::var("RUSTFLAGS").ok().map(|flags| flags.split_whitespace().collect::<Vec<_>>().join("\x1f"));
+        let plain = || {
+            env::var("RUSTFLAGS").ok().map(|flags| flags.split_whitespace().collect::<Vec<_>>().join("\x1f"))
+        };
         // The binary finds the library by itself, wherever it is started.
         let rpath = format!("-Clink-arg=-Wl,-rpath,{}", self.lib.display());
         let flags = match separated.or_else(plain).filter(|flags| !flags.is_empty()) {
@@ -69,7 +77,11 @@ impl LibTorch {
             search.push(":");
             search.push(more);
         }
-        vec![("LIBTORCH", self.home.clone().into()), ("CARGO_ENCODED_RUSTFLAGS", flags.into()), (path, search)]
+        vec![
+            ("LIBTORCH", self.home.clone().into()),
+            ("CARGO_ENCODED_RUSTFLAGS", flags.into()),
+            (path, search),
+        ]
     }
 }
 
@@ -129,7 +141,15 @@ fn install(cuda: bool) -> Result<PathBuf> {
     fs::remove_dir_all(&dir).ok();
     fs::create_dir_all(&dir).with_context(|| format!("{}: cannot create", dir.display()))?;
     let mut command = Command::new("python3");
-    command.args(["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", "--no-cache-dir", "--target"]);
+    command.args([
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-compile",
+        "--no-cache-dir",
+        "--target",
+    ]);
     command.arg(&dir).arg(format!("torch=={VERSION}"));
     if !cuda {
         // The libraries alone: whatever Python there is, it does not run them.
@@ -146,7 +166,9 @@ fn install(cuda: bool) -> Result<PathBuf> {
         );
     }
     if !cuda {
-        for name in ["libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so", "libtorch_python.so"] {
+        for name in
+            ["libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so", "libtorch_python.so"]
+        {
             fs::remove_file(dir.join("torch/lib").join(name)).ok();
         }
     }
@@ -184,7 +206,8 @@ fn need_tool(program: &str, package: &str) -> Result<()> {
 
 /// Installs a package of Debian where this process may, and says what to do where it may not.
 pub fn need_package(package: &str) -> Result<()> {
-    let apt = |args: &[&str]| Command::new("apt-get").args(args).status().is_ok_and(|status| status.success());
+    let apt =
+        |args: &[&str]| Command::new("apt-get").args(args).status().is_ok_and(|status| status.success());
     let root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.starts_with(b"0\n"));
     if root && apt(&["--version"]) {
         report(&format!("installing {package} with apt-get"));

@@ -35,7 +35,7 @@ cargo xtask new-model --help          an untrained model directory
 cargo xtask demo-model                makes datasets/demo/model again
 cargo xtask bench head                GFLOP/s of the parts of a training step
 cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
-                        [--backend B ...] [--dtype T ...] [--length N]
+                        [--backend B] [--dtype T] [--max-length N] [-- FLAGS OF TRAIN]
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers

@@ -216,7 +216,8 @@ fn a_base_model_of_sixteen_bits_is_the_same_model() {
             (run("float32", optimizer), run("bfloat16", optimizer));
         if backend::under_test().backend.has_bfloat16() {
             // Products are of 16 bits too.
-            let losses = |log: &[Value]| log.iter().map(|row| row["loss"].as_f64().unwrap()).collect::<Vec<_>>();
+            let losses =
+                |log: &[Value]| log.iter().map(|row| row["loss"].as_f64().unwrap()).collect::<Vec<_>>();
             for (wide, narrow) in losses(&wide).into_iter().zip(losses(&narrow)) {
                 assert!((wide - narrow).abs() < 0.02, "loss {wide}, with products of 16 bits {narrow}");
             }

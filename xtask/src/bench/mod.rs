@@ -22,7 +22,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         Some((what, rest)) if what == "data" => data::run(rest),
         _ => bail!(
             "usage: cargo xtask bench head\n\
-             cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]\n\
+             cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV] [--backend B] [--dtype T] [--max-length N] [-- FLAGS OF TRAIN]\n\
              cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]"
         ),
     }

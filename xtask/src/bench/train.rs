@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::median;
-use crate::cargo::build;
+use crate::backends::Build;
+use crate::cargo::build_with;
 use crate::report;
 
 struct Options {
@@ -18,14 +19,22 @@ struct Options {
     steps: usize,
     pairs: usize,
     runs: usize,
+    length: usize,
+    backend: String,
+    dtype: String,
     trl: Option<PathBuf>,
+    /// Flags for our trainer alone, after `--`.
+    more: Vec<String>,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
         let (mut model, mut dataset, mut trl) = (None, None, None);
-        let (mut steps, mut pairs, mut runs) = (6, 2, 3);
-        let (chunks, rest) = args.as_chunks::<2>();
+        let (mut steps, mut pairs, mut runs, mut length) = (6, 2, 3, 2048);
+        let (mut backend, mut dtype) = ("flex".to_string(), "float32".to_string());
+        let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+        let more = args.iter().skip(end + 1).cloned().collect();
+        let (chunks, rest) = args[..end].as_chunks::<2>();
         if let [odd] = rest {
             bail!("{odd} needs a value");
         }
@@ -39,6 +48,9 @@ impl Options {
                 "--steps" => steps = count()?,
                 "--pairs" => pairs = count()?,
                 "--runs" => runs = count()?,
+                "--max-length" => length = count()?,
+                "--backend" => backend.clone_from(value),
+                "--dtype" => dtype.clone_from(value),
                 other => bail!("unknown flag {other}"),
             }
         }
@@ -49,27 +61,39 @@ impl Options {
             steps,
             pairs,
             runs: runs.max(1),
+            length,
+            backend,
+            dtype,
             trl,
+            more,
         })
     }
 }
 
-/// Seconds a step, and peak memory in GB.
+/// Seconds a step, packed tokens a second, and peak memory in GB: of the device where it has memory of its own.
 #[derive(Debug, Clone, Copy)]
 struct Measured {
     seconds: f64,
+    tokens: f64,
     memory: f64,
 }
 
 /// Runs alternate; medians.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let options = &Options::parse(args)?;
-    let binary = build("trainer")?;
+    let binary = build_with("trainer", &Build::of(&[options.backend.as_str()])?)?;
+    let name = format!("ours, {} {}", options.backend, options.dtype);
     let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for i in 0..options.runs {
         let measured = run_ours(&binary, options, &out)?;
-        report(&format!("run {}: ours {:.2} s a step, {:.2} GB", i + 1, measured.seconds, measured.memory));
+        report(&format!(
+            "run {}: {name} {:.2} s a step, {:.0} packed tokens/s in the steps, {:.2} GB",
+            i + 1,
+            measured.seconds,
+            measured.tokens,
+            measured.memory
+        ));
         ours.push(measured);
         if let Some(venv) = &options.trl {
             let measured = run_trl(venv, options, &out)?;
@@ -83,9 +107,12 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         }
     }
     fs::remove_dir_all(&out).ok();
-    summary("ours, f32", &ours);
+    summary(&name, &ours);
     if !theirs.is_empty() {
-        summary("TRL, f32", &theirs);
+        summary(
+            &format!("TRL, {}", if options.dtype == "bfloat16" { "bf16 autocast" } else { "f32" }),
+            &theirs,
+        );
         let ratio = |f: fn(&Measured) -> f64| median_of(&theirs, f) / median_of(&ours, f);
         report(&format!("{:.2}x faster, {:.2}x less memory", ratio(|m| m.seconds), ratio(|m| m.memory)));
     }
@@ -107,6 +134,8 @@ fn run_ours(binary: &Path, options: &Options, out: &Path) -> Result<Measured> {
     let mut command = Command::new(binary);
     shared_flags(&mut command, options);
     command
+        .args(["--backend", &options.backend, "--dtype", &options.dtype])
+        .args(&options.more)
         .args(["--ref-cache-dir"])
         .arg(out.join("cache"))
         .args(["--overwrite-output-dir", "--output-dir"])
@@ -123,13 +152,17 @@ fn run_ours(binary: &Path, options: &Options, out: &Path) -> Result<Measured> {
     // The reference pass covers the whole data set, the steps perhaps a part of it.
     let reference = number("reference_seconds")? * (rows / all).min(1.0);
     let seconds = (number("train_seconds")? + reference) / options.steps as f64;
-    Ok(Measured { seconds, memory: number("peak_memory_bytes")? / 1e9 })
+    let tokens = number("computed_tokens")? / number("train_seconds")?;
+    let memory = info["device_memory_bytes"][0].as_f64().map_or_else(|| number("peak_memory_bytes"), Ok)?;
+    Ok(Measured { seconds, tokens, memory: memory / 1e9 })
 }
 
 fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
     let mut command = Command::new("/usr/bin/time");
     command.args(["-f", "PEAK_KB %M"]).arg(venv.join("bin/trl")).arg("dpo");
     shared_flags(&mut command, options);
+    let mixed = if options.dtype == "bfloat16" { "True" } else { "False" };
+    command.args(["--dtype", "float32", "--bf16", mixed]);
     command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
     let path = env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
@@ -157,15 +190,15 @@ fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
     };
     let seconds = after("train_runtime").context("TRL printed no train_runtime")? / options.steps as f64;
     let memory = after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9;
-    Ok(Measured { seconds, memory })
+    Ok(Measured { seconds, tokens: f64::NAN, memory })
 }
 
 fn shared_flags(command: &mut Command, options: &Options) {
     command.arg("--model_name_or_path").arg(&options.model).arg("--dataset_name").arg(&options.dataset);
     let (steps, pairs) = (options.steps.to_string(), options.pairs.to_string());
     command.args(["--per_device_train_batch_size", &pairs, "--max_steps", &steps]);
-    let line = "--loss_type apo_zero --beta 0.1 --bf16 False --dtype float32 --gradient_checkpointing False \
-                --max_length 2048 --learning_rate 1e-5 --lr_scheduler_type linear --logging_steps 1 \
+    command.args(["--max_length", &options.length.to_string()]);
+    let line = "--loss_type apo_zero --beta 0.1 --gradient_checkpointing False --learning_rate 1e-5 --lr_scheduler_type linear --logging_steps 1 \
                 --train_sampling_strategy sequential --disable_tqdm True --save_strategy no";
     command.args(line.split_whitespace());
 }

@@ -11,9 +11,9 @@ mod ops;
 mod optim;
 mod shim;
 
+use burn::backend::DispatchDevice;
 use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
-use burn::backend::DispatchDevice;
 use burn::tensor::{Device, Tensor};
 use tch::Kind;
 
