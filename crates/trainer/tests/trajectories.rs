@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use backend::{Backend, under_test};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -43,7 +44,7 @@ fn log(dir: &TempDir, name: &str) -> Vec<Value> {
 
 /// Factor of the tolerances for the backend under test.
 fn of_backend() -> f64 {
-    backend::under_test().backend.tolerance().training
+    under_test().backend.tolerance().training
 }
 
 /// Largest difference allowed for a metric.
@@ -135,7 +136,10 @@ fn apo_zero_on_every_family() {
     // The true gradient of OPT's key biases is 0, and AdamW turns the rounding noise there into full
     // steps: TRL against itself with another attention kernel differs by up to 5e-4 in loss, 1.6e-3 in
     // margins and 2e-2 in log-probabilities over these 12 steps, far beyond what is asked of us here.
-    check_within("tiny-opt-apo_zero-nodropout", 4.0, &[]);
+    // Flex and LibTorch happen to round there much as the peer does; other devices are as far from it as it is from
+    // itself.
+    let alike = matches!(under_test().backend, Backend::Flex | Backend::Tch);
+    check_within("tiny-opt-apo_zero-nodropout", if alike { 4.0 } else { 13.0 }, &[]);
 }
 
 #[test]

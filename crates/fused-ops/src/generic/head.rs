@@ -36,7 +36,7 @@ pub fn head<B: FusedOps>(hidden: Value<B>, w: Value<B>, targets: &[u32], logits:
     if n == 0 {
         return [&[0][..], &[0, 4], &[0]].map(|shape| Value::zeros(shape, DType::F32, &hidden));
     }
-    let w = w.as_weight_for(&hidden);
+    let w = w.weight_for(&hidden);
     let (mut logps, mut stats, mut lses) = (Vec::new(), Vec::new(), Vec::new());
     for rows in chunks(n, vocab) {
         let len = rows.len();
@@ -75,7 +75,7 @@ pub fn head_backward<B: FusedOps>(
         return (hidden * 0.0, zeros(if of_weight { vocab } else { 0 }));
     }
     let empty = zeros(0);
-    let w = w.as_weight_for(&hidden);
+    let w = w.weight_for(&hidden);
     let (mut dh, mut dw) = (Vec::new(), None);
     for rows in chunks(targets.len(), vocab) {
         let len = rows.len();

@@ -20,13 +20,13 @@ use crate::ops::FusedOps;
 
 /// `x · wᵀ` in the data type of `x`.
 pub fn linear<B: FusedOps>(x: Value<B>, w: Value<B>) -> Value<B> {
-    let w = w.as_weight_for(&x);
+    let w = w.weight_for(&x);
     x.matmul(w.t())
 }
 
 /// Gradient of the input of [`linear`].
 pub fn linear_grad_input<B: FusedOps>(grad: Value<B>, w: Value<B>) -> Value<B> {
-    let w = w.as_weight_for(&grad);
+    let w = w.weight_for(&grad);
     grad.matmul(w)
 }
 

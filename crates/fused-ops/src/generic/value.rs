@@ -52,7 +52,7 @@ impl<B: FusedOps> Value<B> {
     }
 
     /// A weight in the data type of what it is multiplied with.
-    pub fn as_weight_for(self, other: &Self) -> Self {
+    pub fn weight_for(self, other: &Self) -> Self {
         if self.dtype() == other.dtype() { self } else { Self(B::weight_as(self.0, other.0.clone())) }
     }
 
