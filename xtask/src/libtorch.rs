@@ -23,20 +23,26 @@ pub struct LibTorch {
     home: PathBuf,
     /// Directory of the shared libraries, for the binary.
     lib: PathBuf,
+    cuda: bool,
 }
 
 impl LibTorch {
     /// By `LIBTORCH`, by an installed Python package, or by installing one.
     pub fn find(cuda: bool) -> Result<Self> {
+        if cfg!(windows) || (cuda && !cfg!(target_os = "linux")) {
+            bail!("LibTorch is set up on Linux and (without CUDA) on macOS only; use --backend flex or wgpu");
+        }
         need_tool("c++", "g++")?;
         let dir = match env::var_os("LIBTORCH") {
             Some(dir) => {
-                let dir = PathBuf::from(dir);
+                let given = PathBuf::from(dir);
+                // Build scripts run in other directories.
+                let dir = given.canonicalize().with_context(|| format!("LIBTORCH={}", given.display()))?;
+                if !dir.join("include/ATen").exists() || !dir.join("lib").exists() {
+                    bail!("LIBTORCH={}: no LibTorch, which has include/ATen and lib", dir.display());
+                }
                 let version = version_in(&dir).with_context(|| {
-                    format!(
-                        "LIBTORCH={}: no LibTorch (build-version or version.py, include, lib)",
-                        dir.display()
-                    )
+                    format!("LIBTORCH={}: no version in build-version or version.py", dir.display())
                 })?;
                 if plain(&version) != VERSION {
                     bail!("LIBTORCH={}: is version {version}, needed is {VERSION}", dir.display());
@@ -56,7 +62,7 @@ impl LibTorch {
         }
         let lib = dir.join("lib");
         let home = if cuda || !lib.join("libtorch.so").exists() { dir } else { without_cuda(&dir)? };
-        Ok(Self { home, lib })
+        Ok(Self { home, lib, cuda })
     }
 
     /// Environment of a build, and of what it runs.
@@ -67,7 +73,12 @@ impl LibTorch {
             env::var("RUSTFLAGS").ok().map(|flags| flags.split_whitespace().collect::<Vec<_>>().join("\x1f"))
         };
         // The binary finds the library by itself, wherever it is started.
-        let rpath = format!("-Clink-arg=-Wl,-rpath,{}", self.lib.display());
+        let mut rpath = format!("-Clink-arg=-Wl,-rpath,{}", self.lib.display());
+        if self.cuda {
+            // Nothing names a symbol of it: it registers its kernels when it is loaded.
+            let cuda = self.lib.join("libtorch_cuda.so");
+            rpath.push_str(&format!("\x1f-Clink-arg=-Wl,--no-as-needed,{},--as-needed", cuda.display()));
+        }
         let flags = match separated.or_else(plain).filter(|flags| !flags.is_empty()) {
             Some(flags) => format!("{flags}\x1f{rpath}"),
             None => rpath,
@@ -112,7 +123,8 @@ fn installed(cuda: bool) -> Option<PathBuf> {
         if plain(&version) == VERSION && (!cuda || dir.join("lib/libtorch_cuda.so").exists()) {
             return Some(dir);
         }
-        report(&format!("{}: is version {version}, needed is {VERSION}; not used", dir.display()));
+        let lacks = if plain(&version) == VERSION { "without CUDA".into() } else { format!("not {VERSION}") };
+        report(&format!("{}: version {version}, {lacks}; not used", dir.display()));
     }
     let own = own_dir(cuda);
     own.join("complete").exists().then(|| own.join("torch"))
@@ -182,14 +194,18 @@ fn install(cuda: bool) -> Result<PathBuf> {
 fn without_cuda(dir: &Path) -> Result<PathBuf> {
     let home = root().join("target/libtorch-cpu");
     let (lib, context) = (home.join("lib"), || format!("{}: cannot write", home.display()));
+    if fs::read_link(lib.join("libc10.so")).is_ok_and(|to| to == dir.join("lib/libc10.so")) {
+        return Ok(home);
+    }
     fs::remove_dir_all(&home).ok();
     fs::create_dir_all(&lib).with_context(context)?;
     let link = |from: PathBuf, to: PathBuf| std::os::unix::fs::symlink(from, to).with_context(context);
     link(dir.join("include"), home.join("include"))?;
+    fs::write(lib.join("libtorch.so"), "INPUT(-ltorch_cpu -lc10)\n").with_context(context)?;
+    // The last one tells that all is there.
     for name in ["libtorch_cpu.so", "libc10.so"] {
         link(dir.join("lib").join(name), lib.join(name))?;
     }
-    fs::write(lib.join("libtorch.so"), "INPUT(-ltorch_cpu -lc10)\n").with_context(context)?;
     Ok(home)
 }
 

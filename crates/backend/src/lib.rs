@@ -108,7 +108,8 @@ impl Backend {
     fn how_to_build(self) -> String {
         let feature = if self == Self::Cuda { "tch" } else { self.name() };
         format!(
-            "`cargo xtask train --backend {}` builds one that has it (the cargo feature is {feature})",
+            "`cargo xtask train` (or sample, or eval) with `--backend {}` builds one that has it (the cargo feature is \
+             {feature})",
             self.name()
         )
     }

@@ -145,8 +145,8 @@ pub struct DeviceArgs {
     /// Device of the backend, from 0 [default: the first].
     #[arg(long, value_name = "N")]
     pub device: Option<usize>,
-    /// Name the devices of every backend this binary was built with, and exit.
-    #[arg(long, exclusive = true)]
+    /// Name the devices of every backend this binary was built with, and exit; no other flag is looked at.
+    #[arg(long)]
     pub list_devices: bool,
     /// bfloat16 holds weights and computes in 16 bits where the backend does (tch, cuda) [default: float32].
     #[arg(long, value_enum)]

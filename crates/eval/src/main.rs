@@ -19,8 +19,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {
-    let given: Vec<String> = std::env::args().skip(1).collect();
-    if matches!(&given[..], [flag] | [_, flag] if flag == "--list-devices") {
+    if std::env::args_os().any(|arg| arg == "--list-devices") {
         println!("{}", backend::devices().join("\n"));
         return ExitCode::SUCCESS;
     }

@@ -84,11 +84,11 @@ impl Model {
         for weight in Config::from_file(&dir.join("config.json"))?.weights() {
             to.opened.check_tensor(&weight.name, 4 * weight.shape.iter().product::<usize>() as u64)?;
         }
-        let model = Decoder::load_as(dir, &to.opened.device, to.dtype)?.computing_in(to.dtype);
-        if self.base.is_none() {
-            return Ok(model);
+        let mut model = Decoder::load(dir, &to.opened.device)?.computing_in(to.dtype);
+        if self.base.is_some() {
+            let lora = Lora::load(&self.dir, &model)?;
+            model = model.with_lora(Some(lora)).merged();
         }
-        let lora = Lora::load(&self.dir, &model)?;
-        Ok(model.with_lora(Some(lora)).merged())
+        Ok(model.held_as_computed())
     }
 }

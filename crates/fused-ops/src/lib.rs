@@ -25,7 +25,7 @@ mod optim;
 mod segments;
 
 pub use ops::{
-    activate, attention, gated, head, layer_norm, linear, rms_norm, rotary, select, sum_into, upload,
+    activate, attention, gated, head, layer_norm, linear, narrow, rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use segments::{Segment, Segments};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::generic::{self, Value};
 use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segments};
@@ -184,6 +184,12 @@ pub fn upload<const D: usize>(values: Vec<f32>, shape: [usize; D], like: &Tensor
     dispatch(<Dispatch as FusedOps>::upload_floats(like, values, shape.to_vec()))
 }
 
+/// A weight of 16 bits with the values that products of 16 bits take of it: rounded the same way.
+pub fn narrow(weight: Tensor<2>) -> Tensor<2> {
+    let like = Tensor::<2>::zeros([1, 1], (&weight.device(), DType::BF16));
+    dispatch(<Dispatch as FusedOps>::weight_as(weight.into_dispatch(), like.into_dispatch()))
+}
+
 /// Rows of a table, `[rows.len(), cols]`.
 pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
     let like = table.clone().into_dispatch();
@@ -276,7 +282,7 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Lo
 }
 
 /// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.
-/// On Flex and LibTorch each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
+/// On Flex and on the CPU of LibTorch each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
 /// does not depend on what it is batched with.
 ///
 /// # Shapes

@@ -171,8 +171,8 @@ pub struct Args {
     /// Device of the backend, from 0 [default: the first].
     #[arg(long, value_name = "N")]
     pub device: Option<usize>,
-    /// Name the devices of every backend this binary was built with, and exit.
-    #[arg(long, exclusive = true)]
+    /// Name the devices of every backend this binary was built with, and exit; no other flag is looked at.
+    #[arg(long)]
     pub list_devices: bool,
     /// bfloat16 computes matrix products and attention in 16 bits where the backend does (tch, cuda), with float32
     /// weights, gradients, softmax and losses; an adapter's base model is then held in 16 bits, with any CPU backend.

@@ -1,7 +1,7 @@
 //! The losses of a run.
 
 use apo_loss::{self as losses, Divergence, LabelWeights, LabelledLogps, PairLogps};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Tensor;
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -87,10 +87,8 @@ impl LossSettings {
     fn one(&self, loss: LossType, pairs: &PairLogps, lengths: &[[usize; 2]], winners: &Winners) -> Tensor<1> {
         let (beta, smoothing) = (self.beta, self.label_smoothing);
         let scores = || pairs.scores(self.divergence());
-        let per_token = || {
-            let device = pairs.chosen.device();
-            scores().per_token(column(lengths, 0, &device), column(lengths, 1, &device))
-        };
+        let per_token =
+            || scores().per_token(column(lengths, 0, &pairs.chosen), column(lengths, 1, &pairs.chosen));
         match loss {
             LossType::Sigmoid => losses::sigmoid(&scores(), beta),
             LossType::Hinge => losses::hinge(&scores(), beta),
@@ -130,7 +128,8 @@ impl LossSettings {
     }
 }
 
-fn column(lengths: &[[usize; 2]], i: usize, device: &Device) -> Tensor<1> {
-    let values: Vec<f32> = lengths.iter().map(|pair| pair[i] as f32).collect();
-    Tensor::from_data(TensorData::new(values, [lengths.len()]), device)
+/// Tokens of one side of each pair, as a constant beside `like`.
+fn column(lengths: &[[usize; 2]], i: usize, like: &Tensor<1>) -> Tensor<1> {
+    let values = lengths.iter().map(|pair| pair[i] as f32).collect();
+    fused_ops::upload(values, [lengths.len()], &like.clone().unsqueeze())
 }

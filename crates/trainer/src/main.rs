@@ -15,8 +15,8 @@ use trainer::train::{INTERRUPTED, Outcome, TRAINING};
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
-    // By itself, without what a run needs.
-    if kebab(std::env::args_os()).iter().skip(1).eq(["--list-devices"]) {
+    // Without what a run needs.
+    if kebab(std::env::args_os()).iter().any(|arg| arg == "--list-devices") {
         println!("{}", backend::devices().join("\n"));
         return ExitCode::SUCCESS;
     }

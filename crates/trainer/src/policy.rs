@@ -27,7 +27,7 @@ impl Reference {
     ) -> Result<Self> {
         let mut hash = decoder::model_hash(dir.unwrap_or(model_dir))?;
         // Only values of the same arithmetic agree with the policy to the bit.
-        hash.push_str(&format!(" {} {}", settings.backend.name(), settings.precision.key()));
+        hash = format!("{hash} {} {}", settings.backend.name(), settings.precision.key());
         let mut model = match dir {
             Some(dir) => Decoder::load(dir, device)?.computing_in(base.compute()),
             None => base.clone(),

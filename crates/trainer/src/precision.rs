@@ -43,7 +43,7 @@ impl Precision {
                 (false, true, _) => {
                     "asked for: the base model's matrices in bfloat16; adapter and arithmetic in float32"
                 }
-                (false, false, true) => "full precision; --dtype bfloat16 is faster with this backend",
+                (false, false, true) => "full precision; this backend also computes in --dtype bfloat16",
                 (false, false, false) => "full precision: this backend has no faster type for training",
             },
         })

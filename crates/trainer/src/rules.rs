@@ -13,7 +13,10 @@ pub fn check(args: &Args) -> Result<(), String> {
     let adapter = args.peft.use_peft || args.peft.adapter_path.is_some();
     let rules = [
         (
-            args.dtype == Dtype::Bfloat16 && !adapter && !args.backend.has_bfloat16(),
+            args.dtype == Dtype::Bfloat16
+                && !adapter
+                && !args.backend.has_bfloat16()
+                && args.backend.holds_bfloat16().is_ok(),
             "--dtype bfloat16 has no effect here without an adapter (--use-peft): weights that are trained are float32, \
              and of the backends tch and cuda compute in bfloat16",
         ),

@@ -170,8 +170,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     info.best = training.state.best;
     info.peak_memory_bytes = peak_memory();
     info.device_memory_bytes = opened.memory();
-    if let Some((peak, total)) = info.device_memory_bytes {
-        let share = 100.0 * peak as f64 / total.max(1) as f64;
+    if let Some((peak, total)) = info.device_memory_bytes.filter(|(_, total)| *total > 0) {
+        let share = 100.0 * peak as f64 / total as f64;
         say(&format!("device memory: {} MiB at most, {share:.0} % of {} MiB", peak >> 20, total >> 20));
     }
     // A failure to write this must not hide why the run failed.

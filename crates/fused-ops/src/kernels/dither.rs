@@ -54,7 +54,7 @@ mod tests {
         let exact: Vec<f32> = (0..1000).map(|i| bf16::from_f32(i as f32 * 0.37 - 150.0).to_f32()).collect();
         assert_eq!(dithered(&exact), exact);
         // A hundredth of the distance to the next: nearest rounding would leave them all.
-        let moved: Vec<f32> = vec![1.0 + 0.0078125 / 100.0; 1 << 20];
+        let moved: Vec<f32> = vec![1.0 + 0.007_812_5 / 100.0; 1 << 20];
         let mean = dithered(&moved).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
         assert!((mean - f64::from(moved[0])).abs() < 2e-6, "{mean}");
         let negative: Vec<f32> = moved.iter().map(|v| -v).collect();

@@ -24,13 +24,14 @@ pub enum Path {
     Generic,
 }
 
-/// Flash attention caps no scores; that of the CPU has no window, that of CUDA only 16 bits.
-pub fn path(q: &TchTensor, segments: &Segments, scores: Scores) -> Path {
+/// Flash attention caps no scores; that of the CPU has no window, that of CUDA only 16 bits and certain sizes of heads.
+pub fn path(q: &TchTensor, segments: &Segments, heads: Heads, scores: Scores) -> Path {
+    let fits = heads.dim.is_multiple_of(8) && heads.dim <= 256 && !segments.segments().is_empty();
     let longest = segments.segments().iter().map(|s| s.prefix_len + s.len).max().unwrap_or(0);
     let windowed = scores.window.is_some_and(|window| window < longest);
     match (scores.softcap, is_cpu(q)) {
         (None, true) if !windowed => Path::Cpu,
-        (None, false) if q.tensor.kind() != Kind::Float && covers(q, segments) => Path::Flash,
+        (None, false) if fits && q.tensor.kind() != Kind::Float && covers(q, segments) => Path::Flash,
         _ => Path::Generic,
     }
 }

@@ -24,8 +24,9 @@ pub fn cpu() -> Device {
     Device::libtorch()
 }
 
-/// An NVIDIA device.
+/// An NVIDIA device, whose kernels add in a fixed order where they can.
 pub fn cuda(index: usize) -> Device {
+    shim::deterministic();
     Device::libtorch_cuda(index)
 }
 

@@ -63,7 +63,7 @@ impl FusedOps for LibTorch {
         heads: Heads,
         scores: Scores,
     ) -> Two<Self> {
-        match attention::path(&q, &segments, scores) {
+        match attention::path(&q, &segments, heads, scores) {
             attention::Path::Cpu => attention::cpu([q, k, v], &segments, heads, scores),
             attention::Path::Flash => attention::flash([q, k, v], &segments, heads, scores),
             attention::Path::Generic => {
@@ -84,7 +84,7 @@ impl FusedOps for LibTorch {
         scores: Scores,
     ) -> Three<Self> {
         let inputs = [q, k, v];
-        let [dq, dk, dv] = match attention::path(&inputs[0], &segments, scores) {
+        let [dq, dk, dv] = match attention::path(&inputs[0], &segments, heads, scores) {
             attention::Path::Cpu => {
                 attention::cpu_backward(grad, inputs, [out, lse], &segments, heads, scores)
             }

@@ -5,10 +5,14 @@ use burn::tensor::Tensor;
 use super::{primitive, shim, tensor};
 use crate::{AdamW, Moments, Parameter};
 
-/// Takes the tensor for itself: what others hold too is copied first.
+/// Takes the tensor for itself, without gaps and with the strides of its shape: the kernel walks plain memory. What
+/// others hold too is copied first.
 fn own(value: Tensor<2>) -> tch::Tensor {
     let value = primitive(value);
-    if value.can_mut() && value.tensor.is_contiguous() { value.tensor } else { value.tensor.copy() }
+    let shape = value.tensor.size();
+    let alone = value.can_mut() && value.tensor.is_contiguous();
+    let tensor = if alone { value.tensor } else { value.tensor.contiguous().copy() };
+    tensor.view(shape.as_slice())
 }
 
 /// See [`AdamW::update`].

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -132,12 +133,18 @@ char *shim_dither(const at::Tensor *weight, at::Tensor **out) {
   });
 }
 
+// Sums in an order of their own, so that a run that is resumed ends with the same bits; a warning where a kernel has none.
+char *shim_deterministic() {
+  return guarded([&] { at::globalContext().setDeterministicAlgorithms(true, true); });
+}
+
 // Bytes that the allocator has had in use at most on a device, and the device's memory; zeros where that is not known.
 char *shim_memory(int device, uint64_t *peak, uint64_t *total) {
   return guarded([&] {
     *peak = *total = 0;
     if (!at::globalContext().hasCUDA())
       return;
+    c10::DeviceGuard on(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device)));
     auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
     *peak = static_cast<uint64_t>(stats.reserved_bytes[0].peak);
 #ifndef _WIN32

@@ -56,6 +56,7 @@ unsafe extern "C" {
         dv: *mut *mut C_tensor,
     ) -> *mut c_char;
     fn shim_dither(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    fn shim_deterministic() -> *mut c_char;
     fn shim_memory(device: c_int, peak: *mut u64, total: *mut u64) -> *mut c_char;
 }
 
@@ -193,6 +194,12 @@ pub fn dither(weight: &Tensor) -> Tensor {
     // SAFETY: the tensor lives as long as the call.
     check(unsafe { shim_dither(weight.as_ptr(), &raw mut out) });
     owned(out)
+}
+
+/// Asks LibTorch for kernels whose results do not depend on the order of threads.
+pub fn deterministic() {
+    // SAFETY: sets a switch.
+    check(unsafe { shim_deterministic() });
 }
 
 /// Bytes reserved at most on a CUDA device, and all of its memory; 0 where not known.
