@@ -18,6 +18,8 @@ pub fn root() -> PathBuf {
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).arg("--manifest-path").arg(root().join("Cargo.toml"));
+    // LibTorch is found by this program alone.
+    command.env_remove("LIBTORCH_USE_PYTORCH");
     command
 }
 

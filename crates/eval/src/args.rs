@@ -173,10 +173,10 @@ impl DeviceArgs {
         self.dtype == Some(Dtype::Bfloat16)
     }
 
-    /// Anything was given, the environment aside.
+    /// Anything was given on the command line.
     pub fn is_given(&self) -> bool {
-        let of_environment = std::env::var_os(backend::ENV).is_some();
-        (self.backend.is_some() && !of_environment) || self.device.is_some() || self.dtype.is_some()
+        let is_backend = |arg: std::ffi::OsString| arg.to_string_lossy().starts_with("--backend");
+        std::env::args_os().any(is_backend) || self.device.is_some() || self.dtype.is_some()
     }
 }
 

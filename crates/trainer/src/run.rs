@@ -68,6 +68,9 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let precision = settings.precision;
     let base = Decoder::load_as(&model_dir, &device, precision.frozen())?.computing_in(precision.compute());
     check_fit(settings, &base, &data)?;
+    let widest = base.config().intermediate.max(base.config().heads.query * base.config().heads.dim);
+    opened
+        .check_tensor("an activation of the largest micro-batch", 4 * (plan.most_tokens() * widest) as u64)?;
     let reference = Reference::load(settings, reference_dir.as_deref(), &model_dir, &base, &device)?;
     let data_hash = data.train.hash();
     let mut fingerprint = checkpoint::fingerprint(settings, plan.total, &reference.hash, &data_hash);
