@@ -77,7 +77,7 @@ impl LibTorch {
         if self.cuda {
             // Nothing names a symbol of it: it registers its kernels when it is loaded.
             let cuda = self.lib.join("libtorch_cuda.so");
-            rpath.push_str(&format!("\x1f-Clink-arg=-Wl,--no-as-needed,{},--as-needed", cuda.display()));
+            rpath = format!("{rpath}\x1f-Clink-arg=-Wl,--no-as-needed,{},--as-needed", cuda.display());
         }
         let flags = match separated.or_else(plain).filter(|flags| !flags.is_empty()) {
             Some(flags) => format!("{flags}\x1f{rpath}"),
