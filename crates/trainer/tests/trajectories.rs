@@ -139,7 +139,7 @@ fn apo_zero_on_every_family() {
     // Flex and LibTorch happen to round there much as the peer does; other devices are as far from it as it is from
     // itself.
     let alike = matches!(under_test().backend, Backend::Flex | Backend::Tch);
-    check_within("tiny-opt-apo_zero-nodropout", if alike { 4.0 } else { 13.0 }, &[]);
+    check_within("tiny-opt-apo_zero-nodropout", if alike { 4.0 } else { 20.0 }, &[]);
 }
 
 #[test]
