@@ -119,6 +119,11 @@ impl Backend {
         matches!(self, Self::Tch | Self::Cuda)
     }
 
+    /// Tensors are in the memory of this process.
+    pub fn is_on_host(self) -> bool {
+        matches!(self, Self::Flex | Self::Tch)
+    }
+
     fn types(self) -> &'static str {
         if self.has_bfloat16() { "float32 and bfloat16" } else { "float32" }
     }

@@ -93,6 +93,10 @@ impl Decoder {
         &self.config
     }
 
+    pub(crate) fn structure(&self) -> &Structure {
+        &self.structure
+    }
+
     /// All weights, in a fixed order, without those of an adapter.
     pub fn weights(&self) -> &[Weight] {
         &self.weights

@@ -1,5 +1,6 @@
-//! Scoring that keeps only each block's input and computes the block again when its gradient is needed (Chen et
-//! al., arXiv 1604.06174): a chain of tapes, one for the head, one for each block, one for the embedding.
+//! Scoring that keeps only the inputs of the first blocks and computes such a block again when its gradient is needed
+//! (Chen et al., arXiv 1604.06174): a chain of tapes, one for the other blocks and the head, one for each of the first
+//! blocks, one for the embedding.
 
 use std::sync::Arc;
 
@@ -14,26 +15,29 @@ pub struct Recompute {
     positions: Vec<u32>,
     segments: Arc<Segments>,
     tables: Vec<Rotary>,
-    /// Input of each block, without autodiff.
+    /// Input of each block that is computed again, without autodiff.
     inputs: Vec<Tensor<2>>,
-    /// What the last block returned: the leaf of the head's tape.
+    /// What the last of them returned: the leaf of the head's tape.
     last: Tensor<2>,
 }
 
 impl Decoder {
-    /// [`Decoder::score`] of a tracked model with little memory: the same values and, from
-    /// [`Decoder::gradients`], the same gradients to the bit.
-    pub fn score_recomputing(&self, batch: &Batch) -> (HeadOutput, Recompute) {
+    /// [`Decoder::score`] of a tracked model with less memory: of the first `blocks` blocks only the inputs are kept. The
+    /// same values and, from [`Decoder::gradients`], the same gradients to the bit.
+    pub fn score_recomputing(&self, batch: &Batch, blocks: usize) -> (HeadOutput, Recompute) {
         let model = self.untracked();
         let tables = model.tables(&batch.positions, false);
         let mut x = model.embed(&batch.tokens, &batch.positions);
-        let mut inputs = Vec::with_capacity(self.config().layers.len());
-        for layer in 0..self.config().layers.len() {
+        let layers = self.config().layers.len();
+        let blocks = blocks.min(layers);
+        let mut inputs = Vec::with_capacity(blocks);
+        for layer in 0..blocks {
             inputs.push(x.clone());
             x = model.seen(layer, x, &tables, &batch.segments);
         }
         let last = x.autodiff().require_grad();
-        let out = self.finish(last.clone(), batch);
+        let kept = |x, layer| self.seen(layer, x, &tables, &batch.segments);
+        let out = self.finish((blocks..layers).fold(last.clone(), kept), batch);
         let (tokens, positions) = (batch.tokens.clone(), batch.positions.clone());
         (out, Recompute { tokens, positions, segments: batch.segments.clone(), tables, inputs, last })
     }
@@ -52,8 +56,8 @@ impl Decoder {
         self.collect(&mut totals, &mut gradients);
         let Some(mut kept) = recompute else { return totals };
         let Some(mut gradient) = kept.last.grad_remove(&mut gradients) else { return totals };
-        for layer in (0..self.config().layers.len()).rev() {
-            let Some(input) = kept.inputs.pop() else { break };
+        while let Some(input) = kept.inputs.pop() {
+            let layer = kept.inputs.len();
             let x = input.autodiff().require_grad();
             let out = self.seen(layer, x.clone(), &kept.tables, &kept.segments);
             let mut gradients = pull(out, gradient);

@@ -1,5 +1,5 @@
 //! GFLOP/s of the parts of a training step, at the shapes of SmolLM2-135M:
-//! `cargo run --release -p fused-ops --example throughput`.
+//! `cargo run --release -p fused-ops --example throughput [NAME]`, of those whose names contain this.
 
 #![allow(clippy::print_stdout)]
 
@@ -17,11 +17,14 @@ fn tracked(t: &Tensor<2>) -> Tensor<2> {
     t.clone().autodiff().require_grad()
 }
 
-/// Best of three, after one warm-up.
+/// Best of five, after one warm-up.
 fn time(name: &str, flops: f64, mut f: impl FnMut()) {
+    if std::env::args().nth(1).is_some_and(|part| !name.contains(&part)) {
+        return;
+    }
     f();
     let mut best = f64::MAX;
-    for _ in 0..3 {
+    for _ in 0..std::env::args().nth(2).map_or(5, |n| n.parse().unwrap_or(5)) {
         let started = Instant::now();
         f();
         best = best.min(started.elapsed().as_secs_f64());

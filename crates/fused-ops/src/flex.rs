@@ -8,7 +8,7 @@ use burn::tensor::{Bytes, DType, Shape, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::kernels::matrix::{Mat, matmul};
+use crate::kernels::matrix::{Mat, product_of};
 use crate::kernels::simd::CHUNK;
 use crate::kernels::{self, attention::Operands};
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
@@ -100,30 +100,24 @@ impl FusedOps for Flex {
         let (x, w) = (flat(&x), flat(&w));
         let ([tokens, inner], [outer, inner_w]) = (dims(&x), dims(&w));
         assert_eq!(inner, inner_w, "linear: x has {inner} features, the weight takes {inner_w}");
-        let mut out = vec![0.0; tokens * outer];
         let mut buffer = Vec::new();
         let (a, b) = (Mat::rows(x.storage(), inner), Mat::rows(wide(&w, &mut buffer), inner).t());
-        matmul(&mut out, false, (tokens, outer, inner), a, b);
-        new(out, &[tokens, outer])
+        new(product_of((tokens, outer, inner), a, b), &[tokens, outer])
     }
 
     fn linear_grad_input(grad: FlexTensor, w: FlexTensor) -> FlexTensor {
         let (grad, w) = (flat(&grad), flat(&w));
         let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&w));
-        let mut dx = vec![0.0; tokens * inner];
         let mut buffer = Vec::new();
         let (g, w) = (Mat::rows(grad.storage(), outer), Mat::rows(wide(&w, &mut buffer), inner));
-        matmul(&mut dx, false, (tokens, inner, outer), g, w);
-        new(dx, &[tokens, inner])
+        new(product_of((tokens, inner, outer), g, w), &[tokens, inner])
     }
 
     fn linear_grad_weight(grad: FlexTensor, x: FlexTensor) -> FlexTensor {
         let (grad, x) = (flat(&grad), flat(&x));
         let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&x));
-        let mut dw = vec![0.0; outer * inner];
         let (g, x) = (Mat::rows(grad.storage(), outer), Mat::rows(x.storage(), inner));
-        matmul(&mut dw, false, (outer, inner, tokens), g.t(), x);
-        new(dw, &[outer, inner])
+        new(product_of((outer, inner, tokens), g.t(), x), &[outer, inner])
     }
 
     fn fused_rms_norm(x: FlexTensor, w: FlexTensor, eps: f32) -> FlexTensor {

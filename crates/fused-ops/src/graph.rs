@@ -1,13 +1,21 @@
 //! Graph: the backward passes as autodiff nodes.
+//!
+//! Norms and activations are cheap: what they return is not kept for the products that take it, but computed again from
+//! their inputs when a weight's gradient needs it (Burn's memory-bound nodes, whatever the strategy of the tape).
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::retro_forward::RetroForward;
+use burn::backend::autodiff::checkpoint::state::BackwardStates;
+use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 use burn::tensor::{DType, FloatDType};
+use tracing::trace_span;
 
 use crate::ops::{FusedOps, Three, Two};
 use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
@@ -20,6 +28,7 @@ macro_rules! node {
         impl<$b: FusedOps> Backward<$b, $n> for $name {
             type State = $state;
             fn backward(self, ops: Ops<Self::State, $n>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let _span = trace_span!(concat!(stringify!($name), " backward")).entered();
                 let $grad = grads.consume::<$b>(&ops.node);
                 let $saved = ops.state;
                 let gradients: [FloatTensor<$b>; $n] = $gradients;
@@ -63,15 +72,49 @@ node!(
 );
 node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
 
+/// A tensor of the graph.
+type Tracked<B> = FloatTensor<Autodiff<B>>;
+
+/// How a cheap value is computed again: from the outputs of these nodes, which are given back as their last user has
+/// them, and weights.
+#[derive(Clone)]
+struct Again<B: FusedOps, const N: usize> {
+    inputs: [NodeId; N],
+    compute: Arc<dyn Fn([FloatTensor<B>; N]) -> FloatTensor<B> + Send + Sync>,
+}
+
+impl<B: FusedOps, const N: usize> std::fmt::Debug for Again<B, N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Again({:?})", self.inputs)
+    }
+}
+
+impl<B: FusedOps, const N: usize> RetroForward for Again<B, N> {
+    fn forward(&self, states: &mut BackwardStates, node: NodeId) {
+        let inputs = self.inputs.map(|id| states.get_state::<FloatTensor<B>>(&id));
+        states.save(node, (self.compute)(inputs));
+    }
+}
+
+/// The value of an input and of a weight that is tracked: what the graph must know to compute a value again.
+fn known<'a, B: FusedOps>(
+    inputs: impl IntoIterator<Item = &'a Tracked<B>>,
+    weights: impl IntoIterator<Item = &'a Tracked<B>>,
+) -> Vec<Tracked<B>> {
+    inputs.into_iter().chain(weights.into_iter().filter(|w| w.is_tracked())).cloned().collect()
+}
+
 /// A weight that is not trained has no gradient: none is computed, and what it would need is not kept.
 #[derive(Debug)]
 struct Linear;
 
 impl<B: FusedOps> Backward<B, 2> for Linear {
-    /// The input, kept for the weight's gradient, the weight, kept for the input's, and the weight's data type.
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, DType);
+    /// The input, kept or computed again for the weight's gradient, the weight, kept for the input's, and the weight's
+    /// data type.
+    type State = (Option<NodeId>, Option<FloatTensor<B>>, DType);
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
+        let _span = trace_span!("Linear backward").entered();
         let grad = grads.consume::<B>(&ops.node);
         let (x, w, dtype) = ops.state;
         let [x_node, w_node] = ops.parents;
@@ -79,7 +122,7 @@ impl<B: FusedOps> Backward<B, 2> for Linear {
             grads.register::<B>(node.id, B::linear_grad_input(grad.clone(), w));
         }
         if let (Some(node), Some(x)) = (w_node, x) {
-            let gradient = B::linear_grad_weight(grad, x);
+            let gradient = B::linear_grad_weight(grad, kept.retrieve_node_output(x));
             let same = gradient.dtype() == dtype;
             let gradient = if same { gradient } else { B::float_cast(gradient, FloatDType::from(dtype)) };
             grads.register::<B>(node.id, gradient);
@@ -94,6 +137,7 @@ impl<B: FusedOps> Backward<B, 2> for Head {
     type State = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Arc<Vec<u32>>, Logits);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let _span = trace_span!("Head backward").entered();
         let grad = grads.consume::<B>(&ops.node);
         let (hidden, w, lse, targets, logits) = ops.state;
         let [hidden_node, w_node] = ops.parents;
@@ -105,6 +149,18 @@ impl<B: FusedOps> Backward<B, 2> for Head {
             grads.register::<B>(node.id, dw);
         }
     }
+}
+
+/// Prepares a node whose output is computed again from `inputs`, if all that are `known` are tracked.
+fn again<B: FusedOps, O: Backward<B, N, State: Clone + Send + std::fmt::Debug>, const N: usize, const M: usize>(
+    op: O,
+    nodes: [NodeGuard; N],
+    known: &[Tracked<B>],
+    inputs: [NodeId; M],
+    compute: impl Fn([FloatTensor<B>; M]) -> FloatTensor<B> + Send + Sync + 'static,
+) -> OpsKind<O, B, O::State, BalancedCheckpointing, N> {
+    let again = Again::<B, M> { inputs, compute: Arc::new(compute) };
+    op.prepare::<BalancedCheckpointing>(nodes).memory_bound().retro_forward(again).parents(known).stateful()
 }
 
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
@@ -119,19 +175,24 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         let nodes = [x.node(), w.node()];
         let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
-        let (x, w) = (x.into_primitive(), w.into_primitive());
-        let (out, dtype) = (B::fused_linear(x.clone(), w.clone()), w.dtype());
+        let w = w.into_primitive();
+        let (out, dtype) = (B::fused_linear(x.primitive().clone(), w.clone()), w.dtype());
         match Linear.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(p) => p.finish((of_weight.then_some(x), of_input.then_some(w), dtype), out),
+            OpsKind::Tracked(mut p) => {
+                let x = of_weight.then(|| p.checkpoint(&x));
+                p.finish((x, of_input.then_some(w), dtype), out)
+            }
             OpsKind::UnTracked(p) => p.finish(out),
         }
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        let nodes = [x.node(), w.node()];
+        let (nodes, known, id) = ([x.node(), w.node()], known([&x], [&w]), x.id());
         let (x, w) = (x.into_primitive(), w.into_primitive());
         let out = B::fused_rms_norm(x.clone(), w.clone(), eps);
-        match RmsNorm.prepare::<C>(nodes).compute_bound().stateful() {
+        let weight = w.clone();
+        let compute = move |[x]: [_; 1]| B::fused_rms_norm(x, weight.clone(), eps);
+        match again(RmsNorm, nodes, &known, [id], compute) {
             OpsKind::Tracked(p) => p.finish((x, w, eps), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
@@ -143,10 +204,12 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         b: FloatTensor<Self>,
         eps: f32,
     ) -> FloatTensor<Self> {
-        let nodes = [x.node(), w.node(), b.node()];
+        let (nodes, known, id) = ([x.node(), w.node(), b.node()], known([&x], [&w, &b]), x.id());
         let (x, w, b) = (x.into_primitive(), w.into_primitive(), b.into_primitive());
-        let out = B::fused_layer_norm(x.clone(), w.clone(), b, eps);
-        match LayerNorm.prepare::<C>(nodes).compute_bound().stateful() {
+        let out = B::fused_layer_norm(x.clone(), w.clone(), b.clone(), eps);
+        let weight = w.clone();
+        let compute = move |[x]: [_; 1]| B::fused_layer_norm(x, weight.clone(), b.clone(), eps);
+        match again(LayerNorm, nodes, &known, [id], compute) {
             OpsKind::Tracked(p) => p.finish((x, w, eps), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
@@ -162,20 +225,20 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     }
 
     fn fused_gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
-        let nodes = [gate.node(), up.node()];
+        let (nodes, known, ids) = ([gate.node(), up.node()], known([&gate, &up], []), [gate.id(), up.id()]);
         let (gate, up) = (gate.into_primitive(), up.into_primitive());
         let out = B::fused_gated(gate.clone(), up.clone(), kind);
-        match Gated.prepare::<C>(nodes).compute_bound().stateful() {
+        match again(Gated, nodes, &known, ids, move |[gate, up]: [_; 2]| B::fused_gated(gate, up, kind)) {
             OpsKind::Tracked(p) => p.finish((gate, up, kind), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }
     }
 
     fn fused_activate(x: FloatTensor<Self>, kind: Activation) -> FloatTensor<Self> {
-        let nodes = [x.node()];
+        let (nodes, known, id) = ([x.node()], known([&x], []), x.id());
         let x = x.into_primitive();
         let out = B::fused_activate(x.clone(), kind);
-        match Activate.prepare::<C>(nodes).compute_bound().stateful() {
+        match again(Activate, nodes, &known, [id], move |[x]: [_; 1]| B::fused_activate(x, kind)) {
             OpsKind::Tracked(p) => p.finish((x, kind), out),
             OpsKind::UnTracked(p) => p.finish(out),
         }

@@ -34,6 +34,12 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
+/// Floating-point operations of this crate's own matrix products so far, in this process: 2 for each multiply-add.
+#[cfg(any(feature = "flex", feature = "tch"))]
+pub fn flops() -> u64 {
+    kernels::matrix::flops()
+}
+
 /// Attention head layout of a `[tokens, heads * dim]` activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use tracing::trace_span;
 
 use crate::generic::{self, Value};
 use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segments};
@@ -192,6 +193,7 @@ pub fn narrow(weight: Tensor<2>) -> Tensor<2> {
 
 /// Rows of a table, `[rows.len(), cols]`.
 pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
+    let _span = trace_span!("Select").entered();
     let like = table.clone().into_dispatch();
     let ids = <Dispatch as FusedOps>::upload_indices(like, rows.to_vec(), vec![rows.len()]);
     table.select(0, Tensor::<1, Int>::from_dispatch(ids))
@@ -203,6 +205,7 @@ pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
 /// # Shapes
 /// - `x`: `[tokens, in]`, `w`: `[out, in]`; returns `[tokens, out]`.
 pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    let _span = trace_span!("Linear").entered();
     dispatch(<Dispatch as FusedOps>::fused_linear(x.into_dispatch(), w.into_dispatch()))
 }
 
@@ -212,6 +215,7 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
 /// - `x`: `[tokens, n·dim]`, `w`: `[1, dim]`: each group of `dim` features is normalised by itself, so
 ///   that the same function serves the per-head query and key norms of Qwen3.
 pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
+    let _span = trace_span!("RmsNorm").entered();
     dispatch(<Dispatch as FusedOps>::fused_rms_norm(x.into_dispatch(), w.into_dispatch(), eps))
 }
 
@@ -220,6 +224,7 @@ pub fn rms_norm(x: Tensor<2>, w: Tensor<2>, eps: f32) -> Tensor<2> {
 /// # Shapes
 /// - `x`: `[tokens, dim]`, `w` and `b`: `[1, dim]`.
 pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<2> {
+    let _span = trace_span!("LayerNorm").entered();
     let (x, w, b) = (x.into_dispatch(), w.into_dispatch(), b.into_dispatch());
     dispatch(<Dispatch as FusedOps>::fused_layer_norm(x, w, b, eps))
 }
@@ -230,6 +235,7 @@ pub fn layer_norm(x: Tensor<2>, w: Tensor<2>, b: Tensor<2>, eps: f32) -> Tensor<
 /// # Shapes
 /// - `x`: `[tokens, heads · dim]`; `table` has one row a token.
 pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
+    let _span = trace_span!("Rotate").entered();
     dispatch(<Dispatch as FusedOps>::fused_rotary(x.into_dispatch(), table.clone(), 1.0))
 }
 
@@ -238,11 +244,13 @@ pub fn rotary(x: Tensor<2>, table: &Rotary) -> Tensor<2> {
 /// # Shapes
 /// - `gate` and `up`: equal.
 pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    let _span = trace_span!("Gated").entered();
     dispatch(<Dispatch as FusedOps>::fused_gated(gate.into_dispatch(), up.into_dispatch(), activation))
 }
 
 /// An activation by itself; any shape.
 pub fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
+    let _span = trace_span!("Activate").entered();
     dispatch(<Dispatch as FusedOps>::fused_activate(x.into_dispatch(), activation))
 }
 
@@ -259,6 +267,7 @@ pub fn attention(
     heads: Heads,
     scores: Scores,
 ) -> Tensor<2> {
+    let _span = trace_span!("Attention").entered();
     let (queries, keys) = segments.extent();
     assert!(queries <= q.dims()[0] && keys <= k.dims()[0], "segments reach beyond the tensors");
     assert!(segments.is_disjoint(), "segments overlap");
@@ -273,6 +282,7 @@ pub fn attention(
 /// # Shapes
 /// - `hidden`: `[n, features]`, `w`: `[vocab, features]`, `targets`: `n` ids below `vocab`.
 pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Logits) -> HeadOutput {
+    let _span = trace_span!("Head").entered();
     let (n, vocab) = (hidden.dims()[0], w.dims()[0]);
     assert_eq!(n, targets.len(), "one target for each row of `hidden`");
     assert!(targets.iter().all(|&id| (id as usize) < vocab), "a target id is beyond the vocabulary");
@@ -288,5 +298,6 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Lo
 /// # Shapes
 /// - `values`: `[n]`; returns `[sums]`.
 pub fn sum_into(values: Tensor<1>, plan: &Arc<Vec<(u32, u32)>>, sums: usize) -> Tensor<1> {
+    let _span = trace_span!("Sums").entered();
     dispatch(<Dispatch as FusedOps>::fused_sums(values.into_dispatch(), plan.clone(), sums))
 }

@@ -2,11 +2,13 @@
 
 mod allocator;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::Parser;
 use trainer::args::{Args, kebab};
+use trainer::profile::Profile;
 use trainer::recipe;
 use trainer::run::run;
 use trainer::settings::Settings;
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let inspect = args.inspect;
+    let (inspect, profile) = (args.inspect, args.profile.clone());
     let settings = match Settings::new(args) {
         Ok(settings) => settings,
         Err(reason) => {
@@ -38,7 +40,7 @@ fn main() -> ExitCode {
     if let Err(error) = handle_signals() {
         eprintln!("warning: no handling of Ctrl-C: {error}");
     }
-    match run(&settings, inspect) {
+    match profiled(&settings, inspect, profile.as_deref()) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => {
             eprintln!("hint: go on with --resume-from-checkpoint auto");
@@ -49,6 +51,17 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// The run, with a profile where one is wanted.
+#[allow(clippy::print_stderr)]
+fn profiled(settings: &Settings, inspect: Option<usize>, profile: Option<&Path>) -> anyhow::Result<Outcome> {
+    let profile = profile.map(Profile::start).transpose()?;
+    let outcome = run(settings, inspect)?;
+    for line in profile.map(Profile::finish).transpose()?.into_iter().flatten() {
+        eprintln!("{line}");
+    }
+    Ok(outcome)
 }
 
 /// Before the first step there is nothing to save, and a second Ctrl-C ends the process at once.

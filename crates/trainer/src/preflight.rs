@@ -1,9 +1,9 @@
 //! What is printed before the first step: data, memory, and anything suspicious.
 
-use decoder::{Decoder, Mlp, Weight};
 use pref_data::{Audit, Bound, Dataset, TemplateSource, Tokenizer, audit};
 use serde::Serialize;
 
+use crate::memory::MemoryPlan;
 use crate::settings::Settings;
 
 /// Facts about the training data.
@@ -22,54 +22,6 @@ pub struct DataReport {
     pub desirable: Option<usize>,
     #[serde(skip)]
     pub audit: Audit,
-}
-
-/// Expected memory in bytes.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct MemoryPlan {
-    pub weights: usize,
-    pub gradients: usize,
-    pub optimizer: usize,
-    pub activations: usize,
-}
-
-impl MemoryPlan {
-    /// Weights (a reference that is kept included), gradients of those that are trained, what the optimizer
-    /// keeps, and activations of a micro-batch of `tokens`, all in `f32`.
-    pub fn new(settings: &Settings, model: &Decoder, tokens: usize) -> Self {
-        let bytes = |weights: &[Weight]| weights.iter().map(Weight::bytes).sum::<usize>();
-        let (all, trained) = (bytes(model.weights()), bytes(model.trained()));
-        let adapter = if model.lora().is_some() { trained } else { 0 };
-        let second = if settings.live_reference && model.lora().is_none() { all } else { 0 };
-        let config = model.config();
-        let (hidden, heads) = (config.hidden, config.heads);
-        let attention = 2 * heads.query * heads.dim + 2 * heads.kv * heads.dim + heads.query;
-        let inner = match config.mlp {
-            Mlp::Gated(_) => 3 * config.intermediate,
-            Mlp::Plain(_) | Mlp::Relu => 2 * config.intermediate,
-        };
-        let block = 5 * hidden + 2 * attention + inner;
-        let per_token = if settings.gradient_checkpointing {
-            // The inputs of all blocks, and one block with its gradients.
-            config.layers.len() * hidden + 2 * block + 4 * hidden
-        } else {
-            config.layers.len() * block + 4 * hidden
-        };
-        // Frozen heads have no gradient.
-        let head_gradient = if model.lora().is_some() { 0 } else { 4 * 2 * config.vocab * hidden };
-        let rows = if settings.loss.needs_mismatched() { 2 } else { 1 };
-        Self {
-            weights: all + adapter + second,
-            gradients: trained,
-            optimizer: settings.optim.states() * trained,
-            activations: 4 * rows * tokens * per_token + (64 << 20) + head_gradient,
-        }
-    }
-
-    /// Everything together.
-    pub fn total(&self) -> usize {
-        self.weights + self.gradients + self.optimizer + self.activations
-    }
 }
 
 /// Counts the training data.
@@ -100,7 +52,6 @@ pub fn data_report(rows: &Dataset, tokenizer: &Tokenizer) -> DataReport {
 
 /// Lines for people.
 pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps: usize) -> Vec<String> {
-    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let what = if settings.loss.is_unpaired() { "completions" } else { "pairs" };
     let mut lines = vec![
         format!(
@@ -119,14 +70,6 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             100.0 * data.packed_tokens as f64 / data.tokens.max(1) as f64
         ),
         format!(
-            "memory plan: weights {:.2} GiB + gradients {:.2} + optimizer {:.2} + activations about {:.2} = {:.2} GiB",
-            gib(memory.weights),
-            gib(memory.gradients),
-            gib(memory.optimizer),
-            gib(memory.activations),
-            gib(memory.total())
-        ),
-        format!(
             "run: {} steps of {} x {}, loss {}, beta {}, learning rate {} ({})",
             steps,
             settings.accumulation,
@@ -140,6 +83,7 @@ pub fn lines(settings: &Settings, data: &DataReport, memory: &MemoryPlan, steps:
             settings.lr_scheduler_type
         ),
     ];
+    lines.extend(memory.lines(settings.memory_limit.is_some()));
     lines.extend(data.audit.lines.iter().map(|line| format!("first row, {line}")));
     lines.extend(warnings(settings, data));
     lines

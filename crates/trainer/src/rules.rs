@@ -72,6 +72,14 @@ pub fn check(args: &Args) -> Result<(), String> {
             args.max_steps == 0,
             "--max-steps 0 trains nothing; give a number of steps, or -1 for --num-train-epochs",
         ),
+        (
+            args.memory_limit.is_some() && args.gradient_checkpointing,
+            "--memory-limit has no effect with --gradient-checkpointing: every block is computed again already",
+        ),
+        (
+            args.inspect.is_some() && args.profile.is_some(),
+            "--profile has no effect with --inspect, which only prints rows",
+        ),
         (args.inspect == Some(0), "--inspect 0 prints nothing; give a number of rows"),
         (best && !evaluates, "--load-best-model-at-end and --early-stopping-patience need --eval-strategy"),
         (

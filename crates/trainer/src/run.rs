@@ -17,7 +17,8 @@ use crate::logs::{self, Logs};
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::policy::{self, Reference};
-use crate::preflight::{self, MemoryPlan};
+use crate::memory::{self, MemoryPlan};
+use crate::preflight;
 use crate::references::References;
 use crate::run_info::{COMMIT, RunInfo, peak_memory};
 use crate::settings::{Every, Settings};
@@ -87,7 +88,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     }
     let report = preflight::data_report(&data.train, &tokenizer);
     let model = policy::policy(settings, base, resume.as_deref())?;
-    let memory = MemoryPlan::new(settings, &model, plan.most_tokens());
+    let most = if settings.backend.is_on_host() { memory::host_memory() } else { opened.memory().map(|(_, all)| all as usize) };
+    let memory = MemoryPlan::new(settings, &model, plan.most_tokens(), most);
     for line in preflight::lines(settings, &report, &memory, plan.total) {
         say(&line);
     }
@@ -106,7 +108,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let resumed_from_step = state.step;
     // Everything that can be wrong has been looked at: only now is an earlier run cleared away.
     if resume.is_none() {
-        logs::clear(&settings.output_dir)?;
+        logs::clear(&settings.output_dir, settings.overwrite)?;
     }
     let mut info = RunInfo {
         status: "running",
@@ -133,6 +135,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         reference_seconds,
         train_seconds: 0.0,
         computed_tokens: 0,
+        useful_flops: 0,
         peak_memory_bytes: None,
         device_memory_bytes: None,
     };
@@ -152,6 +155,8 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         state,
         epoch: None,
         computed_tokens: 0,
+        flops: 0,
+        memory,
     };
     TRAINING.store(true, Ordering::Relaxed);
     let started = Instant::now();
@@ -169,6 +174,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     };
     info.train_seconds = started.elapsed().as_secs_f64();
     info.computed_tokens = training.computed_tokens;
+    info.useful_flops = training.flops;
     info.steps_done = training.state.step;
     info.best = training.state.best;
     info.peak_memory_bytes = peak_memory();

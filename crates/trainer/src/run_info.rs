@@ -8,7 +8,8 @@ use pref_data::write_atomic;
 use serde::Serialize;
 
 use crate::checkpoint::BestSoFar;
-use crate::preflight::{DataReport, MemoryPlan};
+use crate::memory::MemoryPlan;
+use crate::preflight::DataReport;
 use crate::settings::Settings;
 
 /// Contents of `run.json`.
@@ -39,6 +40,8 @@ pub struct RunInfo<'a> {
     pub reference_seconds: f64,
     pub train_seconds: f64,
     pub computed_tokens: usize,
+    /// Floating-point operations that the steps needed at least (products of the packed rows).
+    pub useful_flops: u64,
     pub peak_memory_bytes: Option<u64>,
     /// Of a device with memory of its own: the most in use, and all of it.
     pub device_memory_bytes: Option<(u64, u64)>,

@@ -78,6 +78,7 @@ pub struct Settings {
     pub peft: Option<PeftSettings>,
     pub precision: Precision,
     pub gradient_checkpointing: bool,
+    pub memory_limit: Option<usize>,
     pub output_dir: PathBuf,
     pub overwrite: bool,
     pub chat_template: Option<String>,
@@ -193,6 +194,7 @@ impl Settings {
             peft: args.peft.settings()?,
             precision,
             gradient_checkpointing: args.gradient_checkpointing,
+            memory_limit: args.memory_limit.map(|size| usize::try_from(size.as_u64()).unwrap_or(usize::MAX)),
             best: best(
                 args.metric_for_best_model.as_deref(),
                 args.greater_is_better,

@@ -6,6 +6,7 @@ use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_
 use burn::tensor::{Tensor, TensorData, Transaction};
 use decoder::{Batch, Decoder, Recompute, TokenScores};
 use fused_ops::{HeadOutput, sum_into, upload};
+use tracing::trace_span;
 use pref_data::{Dataset, Packed, PairTokens, Side, kl_rows};
 
 use crate::loss::{LossSettings, Winners};
@@ -42,8 +43,8 @@ impl Scoring {
 pub struct Backward {
     /// Factor of the loss.
     pub scale: f64,
-    /// Blocks are computed again instead of kept.
-    pub recompute: bool,
+    /// So many blocks are computed again instead of kept.
+    pub recompute: usize,
 }
 
 /// Packed sequences and how their tokens are summed.
@@ -75,12 +76,12 @@ impl Packing {
     }
 
     fn score(&self, model: &Decoder) -> Scored {
-        self.sum(model.score(&self.batch), None)
+        self.sum(trace_span!("forward").in_scope(|| model.score(&self.batch)), None)
     }
 
-    /// The same, keeping only the inputs of the blocks for the backward pass.
-    fn score_recomputing(&self, model: &Decoder) -> Scored {
-        let (out, kept) = model.score_recomputing(&self.batch);
+    /// The same, keeping only the inputs of the first blocks for the backward pass.
+    fn score_recomputing(&self, model: &Decoder, blocks: usize) -> Scored {
+        let (out, kept) = trace_span!("forward").in_scope(|| model.score_recomputing(&self.batch, blocks));
         self.sum(out, Some(kept))
     }
 
@@ -138,10 +139,21 @@ impl Micro {
         Self { own: Packing::new(packed, scoring.ld_alpha), mismatched, lengths, labels }
     }
 
+    /// Tokens of the rows that have a gradient, shared ones once.
+    pub fn own_tokens(&self) -> usize {
+        self.own.packed.tokens.len()
+    }
+
     /// Tokens the model computes, shared ones once.
     pub fn computed_tokens(&self) -> usize {
         let mismatched = self.mismatched.as_ref().map_or(0, |packing| packing.packed.tokens.len());
         self.own.packed.tokens.len() + mismatched
+    }
+
+    /// Floating-point operations of its training step, at least; see [`Decoder::flops`].
+    pub fn flops(&self, model: &Decoder) -> u64 {
+        let mismatched = self.mismatched.as_ref().map_or(0, |packing| model.flops(&packing.batch, false));
+        model.flops(&self.own.batch, true) + mismatched
     }
 
     /// Tokens of all sequences, as TRL counts them.
@@ -171,7 +183,7 @@ impl Micro {
         // Without gradient and before the graph of the other rows exists.
         let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
         let scored = match backward {
-            Some(Backward { recompute: true, .. }) => self.own.score_recomputing(model),
+            Some(Backward { recompute: blocks @ 1.., .. }) => self.own.score_recomputing(model, blocks),
             _ => self.own.score(model),
         };
         if self.labels.is_empty() {
@@ -318,6 +330,7 @@ fn gradients(
     backward: Option<Backward>,
     recompute: Option<Recompute>,
 ) -> Vec<Option<Tensor<2>>> {
+    let _span = trace_span!("backward").entered();
     backward.map_or_else(Vec::new, |backward| model.gradients(mean.clone() * backward.scale, recompute))
 }
 

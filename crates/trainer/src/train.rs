@@ -8,6 +8,7 @@ use burn::tensor::Tensor;
 use decoder::{Companions, Decoder};
 use pref_data::Batches;
 use serde_json::{Map, Value};
+use tracing::trace_span;
 
 use crate::best::{self, Verdict};
 use crate::checkpoint::{Snapshot, State};
@@ -15,6 +16,7 @@ use crate::data::Data;
 use crate::evaluate;
 use crate::hints::Hints;
 use crate::logs::{Logs, Progress};
+use crate::memory::MemoryPlan;
 use crate::metrics::Window;
 use crate::optimizer::{Optimizer, Options};
 use crate::plan::Plan;
@@ -53,6 +55,8 @@ pub(crate) struct Training<'a> {
     pub state: State,
     pub epoch: Option<(usize, Batches)>,
     pub computed_tokens: usize,
+    pub flops: u64,
+    pub memory: MemoryPlan,
 }
 
 impl Training<'_> {
@@ -141,16 +145,19 @@ impl Training<'_> {
         let micros = self.plan.micros(self.state.step, &mut self.epoch);
         let scales = self.plan.scales(&micros);
         let mut pending = Vec::with_capacity(micros.len());
+        let _step = trace_span!("step").entered();
         for (i, (rows, scale)) in micros.iter().zip(scales).enumerate() {
             let micro = Micro::new(&self.data.train, rows, self.settings.scoring());
             let reference = self.references.of(Split::Train, rows, &micro, &self.model);
             self.model.set_dropout(dropout_seed(self.settings.seed, self.state.step, i));
-            let backward = Backward { scale, recompute: self.settings.gradient_checkpointing };
+            let recompute = self.memory.again(micro.own_tokens());
+            let backward = Backward { scale, recompute };
             let (metrics, gradients) = micro.run(&self.model, &self.settings.loss, reference, Some(backward));
-            self.optimizer.accumulate(gradients);
+            trace_span!("accumulate").in_scope(|| self.optimizer.accumulate(gradients));
             pending.push(metrics);
             self.state.num_tokens += micro.num_tokens();
             self.computed_tokens += micro.computed_tokens();
+            self.flops += micro.flops(&self.model);
         }
         let warmup = schedule::warmup(self.settings.warmup_steps, self.plan.total);
         let factor = self.settings.schedule.factor(self.state.step, warmup, self.plan.total);
@@ -161,7 +168,7 @@ impl Training<'_> {
             max_norm: self.settings.max_grad_norm,
             step: self.state.step + 1,
         };
-        let norm = self.optimizer.step(&mut self.model, options);
+        let norm = trace_span!("optimizer").in_scope(|| self.optimizer.step(&mut self.model, options));
         // The one time in a step that anything waits for the device.
         let (metrics, norm) = read(pending, vec![norm]);
         for (metrics, rows) in metrics.iter().zip(&micros) {

@@ -81,6 +81,25 @@ fn files_of_others_are_never_deleted() {
 }
 
 #[test]
+fn going_on_where_nothing_was_saved_keeps_what_is_beside_the_logs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    // A run that was stopped before its first checkpoint, in a directory that holds somebody's adapter.
+    let theirs = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "tokenizer.json"];
+    fs::create_dir_all(out.join("adapter")).unwrap();
+    theirs.iter().for_each(|file| fs::write(out.join(file), "theirs").unwrap());
+    fs::write(out.join("run.json"), r#"{"status": "running"}"#).unwrap();
+    fs::write(out.join("train_log.jsonl"), "{\"step\": 1, \"loss\": 77.0}\n").unwrap();
+    fs::create_dir(out.join(".checkpoint-1.tmp")).unwrap();
+    let (code, said) = run(dir.path(), "--max-steps 1 --resume-from-checkpoint auto --learning-rate 1e39");
+    assert!(code == 1 && said.contains("is not finite after step 1"), "{said}");
+    for file in theirs {
+        assert_eq!(fs::read_to_string(out.join(file)).unwrap(), "theirs", "{file}");
+    }
+    assert!(!out.join(".checkpoint-1.tmp").exists() && log(dir.path(), "train_log.jsonl")[0]["loss"] != 77.0);
+}
+
+#[test]
 fn checkpoints_that_cannot_be_resumed_from_are_kept_and_told_of() {
     let dir = tempfile::tempdir().unwrap();
     done(dir.path(), "--max-steps 6 --save-steps 2 --save-only-model");

@@ -1,7 +1,8 @@
 //! Attention over packed segments: scores of a block of queries against all keys they see, never more.
 //!
-//! The forward pass keeps the log-sum-exp of each query and head; the backward pass computes the
-//! scores again from it (Dao et al., FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+//! The query heads that share a key head are rows of one product. The forward pass keeps the log-sum-exp of each query
+//! and head; the backward pass computes the scores again from it (Dao et al., FlashAttention-2, arXiv 2307.08691,
+//! algorithms 1 and 2).
 
 #![allow(unsafe_code)]
 
@@ -10,12 +11,15 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::head::dot;
-use super::matrix::{Mat, Shared, accumulate, matmul_block};
+use super::matrix::{Mat, Shared, matmul_block};
 use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, wide};
 use crate::{Heads, Scores, Segment, Segments};
 
-/// Queries of a block.
-const BLOCK: usize = 64;
+/// Rows of a block, of all query heads that share a key head: its scores stay in the second-level cache.
+const ROWS: usize = 96;
+
+/// Keys and values are copied side by side for segments of at least so many rows.
+const GATHERED: usize = 16;
 
 /// Operands of one attention call; activations are `[tokens, heads * dim]`.
 #[derive(Clone, Copy)]
@@ -33,127 +37,212 @@ pub struct Operands<'a> {
 }
 
 impl<'a> Operands<'a> {
-    fn query_stride(&self) -> usize {
-        self.heads.query * self.heads.dim
+    fn group(&self) -> usize {
+        self.heads.query / self.heads.kv
     }
 
     fn key_stride(&self) -> usize {
         self.heads.kv * self.heads.dim
     }
 
-    /// Rows from `token` on of head `head` of a query-shaped activation.
-    fn of_query(&self, data: &'a [f32], token: usize, head: usize) -> Mat<'a> {
-        Mat::rows(&data[token * self.query_stride() + head * self.heads.dim..], self.query_stride())
+    /// Features of the query heads of key head `kv` for one token, one after the other.
+    fn of_query(&self, token: usize, kv: usize) -> Range<usize> {
+        let width = self.group() * self.heads.dim;
+        let at = (token * self.heads.kv + kv) * width;
+        at..at + width
     }
 
-    /// Rows from `token` on of the key or value head that query head `head` uses.
-    fn of_key(&self, data: &'a [f32], token: usize, head: usize) -> Mat<'a> {
-        let kv = head / (self.heads.query / self.heads.kv);
+    /// Log-sum-exps of the same heads.
+    fn of_lse(&self, token: usize, kv: usize) -> Range<usize> {
+        let at = (token * self.heads.kv + kv) * self.group();
+        at..at + self.group()
+    }
+
+    /// Rows from `token` on of a key head.
+    fn of_key(&self, data: &'a [f32], token: usize, kv: usize) -> Mat<'a> {
         Mat::rows(&data[(token * self.heads.kv + kv) * self.heads.dim..], self.key_stride())
     }
 }
 
-/// A block of queries of a segment, and the prefix and own keys that any of them sees.
+/// A block of queries of a segment and the keys that any of them sees, counted from the segment's first prefix key.
 #[derive(Clone, Copy)]
 struct Block {
     /// First query, within the segment.
     first: usize,
     /// Number of queries.
     len: usize,
-    /// First prefix key and number of prefix keys.
-    prefix_start: usize,
-    prefix: usize,
-    /// First own key and number of own keys.
-    own_start: usize,
-    own: usize,
-    /// Position of the first query, and the window.
+    /// First key and one past the last.
+    start: usize,
+    end: usize,
+    /// Keys before the first query's own.
     position: usize,
     window: usize,
 }
 
 impl Block {
     fn keys(self) -> usize {
-        self.prefix + self.own
+        self.end - self.start
     }
 
-    /// Those of the block's keys that query `row` sees.
-    fn visible(self, row: usize) -> Range<usize> {
-        let end = self.position + row + 1;
-        let skipped = self.prefix_start + self.own_start;
-        end.saturating_sub(self.window).max(skipped) - skipped..end - skipped
+    /// Those of the block's keys that query `i` sees.
+    fn visible(self, i: usize) -> Range<usize> {
+        let end = self.position + i + 1;
+        end.saturating_sub(self.window).max(self.start) - self.start..end - self.start
     }
 }
 
-fn blocks(segment: &Segment, window: Option<usize>) -> impl Iterator<Item = Block> {
+fn blocks(segment: &Segment, group: usize, window: Option<usize>) -> impl Iterator<Item = Block> {
     let (total, prefix) = (segment.len, segment.prefix_len);
-    let window = window.unwrap_or(usize::MAX);
-    (0..total).step_by(BLOCK).map(move |first| {
-        let len = BLOCK.min(total - first);
+    let (window, step) = (window.unwrap_or(usize::MAX), (ROWS / group).clamp(16, 64));
+    (0..total).step_by(step).map(move |first| {
+        let len = step.min(total - first);
         let position = prefix + first;
         // What the window hides from the first query it hides from all.
-        let hidden = (position + 1).saturating_sub(window);
-        let prefix_start = hidden.min(prefix);
-        let own_start = hidden - prefix_start;
-        let (prefix, own) = (prefix - prefix_start, first + len - own_start);
-        Block { first, len, prefix_start, prefix, own_start, own, position, window }
+        let start = (position + 1).saturating_sub(window);
+        Block { first, len, start, end: position + len, position, window }
     })
 }
 
-/// `scores[len, keys] = scale · q · kᵀ` of a block, for any two query- and key-shaped activations.
-fn products(
-    x: &Operands,
-    left: &[f32],
-    right: &[f32],
-    scale: f32,
-    s: &Segment,
-    b: Block,
-    head: usize,
-    out: &mut [f32],
-) {
-    let (keys, dim) = (b.keys(), x.heads.dim);
-    let q = x.of_query(left, s.query + b.first, head);
-    if b.prefix > 0 {
-        let k = x.of_key(right, s.prefix + b.prefix_start, head);
-        matmul_block(out, keys, false, (b.len, b.prefix, dim), q, k.t(), scale);
+/// Keys and values of a run of tokens, `[keys, dim]`, and their transposes.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    k: Mat<'a>,
+    kt: Mat<'a>,
+    v: Mat<'a>,
+    vt: Mat<'a>,
+    len: usize,
+}
+
+/// Copies of the keys and values of a segment for one key head: prefix and own side by side, and transposed.
+#[derive(Default)]
+struct Gathered {
+    k: Vec<f32>,
+    kt: Vec<f32>,
+    v: Vec<f32>,
+    vt: Vec<f32>,
+}
+
+impl Gathered {
+    fn fill(&mut self, x: &Operands, s: &Segment, kv: usize) -> usize {
+        let (keys, dim) = (s.prefix_len + s.len, x.heads.dim);
+        for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)] {
+            plain.resize(keys * dim, 0.0);
+            transposed.resize(keys * dim, 0.0);
+            let tokens = (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len);
+            for (i, token) in tokens.enumerate() {
+                let row = &data[(token * x.heads.kv + kv) * dim..][..dim];
+                plain[i * dim..(i + 1) * dim].copy_from_slice(row);
+                row.iter().enumerate().for_each(|(j, &value)| transposed[j * keys + i] = value);
+            }
+        }
+        keys
     }
-    let k = x.of_key(right, s.own + b.own_start, head);
-    matmul_block(&mut out[b.prefix..], keys, false, (b.len, b.own, dim), q, k.t(), scale);
+
+    fn piece(&self, keys: usize, dim: usize) -> Piece<'_> {
+        let [k, v] = [&self.k, &self.v].map(|data| Mat::rows(data, dim));
+        let [kt, vt] = [&self.kt, &self.vt].map(|data| Mat::rows(data, keys));
+        Piece { k, kt, v, vt, len: keys }
+    }
+}
+
+/// Keys and values where they are: the prefix and the segment's own.
+fn in_place<'a>(x: &Operands<'a>, s: &Segment, kv: usize) -> Vec<Piece<'a>> {
+    let piece = |token, len| {
+        let (k, v) = (x.of_key(x.k, token, kv), x.of_key(x.v, token, kv));
+        Piece { k, kt: k.t(), v, vt: v.t(), len }
+    };
+    let parts = [(s.prefix, s.prefix_len), (s.own, s.len)];
+    parts.into_iter().filter(|part| part.1 > 0).map(|(token, len)| piece(token, len)).collect()
+}
+
+/// The parts of pieces that hold a block's keys: with each the block's first key in it.
+fn parts<'a>(pieces: &[Piece<'a>], block: Block) -> impl Iterator<Item = (usize, Piece<'a>)> {
+    let mut at = 0;
+    pieces.iter().filter_map(move |piece| {
+        let (first, end) = (at.max(block.start), (at + piece.len).min(block.end));
+        let skip = first.saturating_sub(at);
+        at += piece.len;
+        (first < end).then(|| {
+            let Piece { k, kt, v, vt, .. } = *piece;
+            let (k, kt, v, vt) = (k.skip_rows(skip), kt.skip_cols(skip), v.skip_rows(skip), vt.skip_cols(skip));
+            (first - block.start, Piece { k, kt, v, vt, len: end - first })
+        })
+    })
+}
+
+/// What one task needs besides its operands.
+#[derive(Default)]
+struct Buffers {
+    gathered: Gathered,
+    /// Scores, then probabilities, `[rows, keys]`.
+    p: Vec<f32>,
+    /// Gradients of the scores.
+    ds: Vec<f32>,
+    /// Queries, output and gradients of a block, `[rows, dim]`.
+    q: Vec<f32>,
+    out: Vec<f32>,
+    grad: Vec<f32>,
+}
+
+/// Rows of a block, one after the other.
+fn gather(x: &Operands, data: &[f32], s: &Segment, block: Block, kv: usize, into: &mut Vec<f32>) {
+    into.clear();
+    let first = s.query + block.first;
+    (first..first + block.len).for_each(|token| into.extend_from_slice(&data[x.of_query(token, kv)]));
+}
+
+fn cap(scores: &mut [f32], cap: Option<f32>) {
+    if let Some(cap) = cap {
+        wide(
+            #[inline(always)]
+            || scores.iter_mut().for_each(|s| *s = softcap(*s, cap)),
+        );
+    }
 }
 
 /// Attention output (query-shaped) and log-sum-exp, `[queries, heads.query]`.
 pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
-    let queries = x.q.len() / x.query_stride();
+    let (heads, group) = (x.heads, x.group());
     let mut out = vec![0.0; x.q.len()];
-    let mut lse = vec![0.0; queries * x.heads.query];
+    let mut lse = vec![0.0; x.q.len() / heads.dim];
     let (out_ptr, lse_ptr) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    let tasks: Vec<(Segment, usize)> = segments
-        .segments()
-        .iter()
-        .flat_map(|&segment| (0..x.heads.query).map(move |head| (segment, head)))
-        .collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (segment, head)| {
-        for block in blocks(&segment, x.scores.window) {
-            scores.resize(block.len * block.keys(), 0.0);
-            products(&x, x.q, x.k, x.scores.scale, &segment, block, head, scores);
-            cap(scores, x.scores.softcap);
-            let first = segment.query + block.first;
-            // SAFETY: queries of different segments and the features of different heads are disjoint,
-            // so no other task writes these elements.
-            unsafe {
-                softmax(scores, block, |row, value| {
-                    *lse_ptr.get().add((first + row) * x.heads.query + head) = value;
-                });
-                let at = first * x.query_stride() + head * x.heads.dim;
-                let weights = Mat::rows(scores, block.keys());
-                if block.prefix > 0 {
-                    let size = (block.len, x.heads.dim, block.prefix);
-                    let v = x.of_key(x.v, segment.prefix + block.prefix_start, head);
-                    accumulate(out_ptr, at, x.query_stride(), size, weights, v);
+    let tasks: Vec<(Segment, usize)> =
+        segments.segments().iter().flat_map(|&s| (0..heads.kv).map(move |kv| (s, kv))).collect();
+    tasks.into_par_iter().for_each_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
+        let Buffers { gathered, p, q, out, .. } = buffers;
+        let copied = (s.len * group >= GATHERED).then(|| gathered.fill(&x, &s, kv));
+        let pieces = copied.map_or_else(|| in_place(&x, &s, kv), |keys| vec![gathered.piece(keys, heads.dim)]);
+        for block in blocks(&s, group, x.scores.window) {
+            let (rows, keys) = (block.len * group, block.keys());
+            gather(&x, x.q, &s, block, kv, q);
+            p.resize(rows * keys, 0.0);
+            out.resize(rows * heads.dim, 0.0);
+            for (at, piece) in parts(&pieces, block) {
+                let size = (rows, piece.len, heads.dim);
+                matmul_block(&mut p[at..], keys, false, size, Mat::rows(q, heads.dim), piece.kt, x.scores.scale);
+            }
+            cap(p, x.scores.softcap);
+            let sums = softmax(p, block, group);
+            for (i, (at, piece)) in parts(&pieces, block).enumerate() {
+                let size = (rows, heads.dim, piece.len);
+                matmul_block(out, heads.dim, i > 0, size, Mat::rows(&p[at..], keys), piece.v, 1.0);
+            }
+            for i in 0..block.len {
+                let token = s.query + block.first + i;
+                for g in 0..group {
+                    let row = i * group + g;
+                    let (sum, lse) = sums[row];
+                    let from = &out[row * heads.dim..(row + 1) * heads.dim];
+                    let at = x.of_query(token, kv).start + g * heads.dim;
+                    // SAFETY: queries of different segments and the features of different heads are disjoint, so no
+                    // other task writes these elements.
+                    unsafe {
+                        for (j, &value) in from.iter().enumerate() {
+                            *out_ptr.get().add(at + j) = value / sum;
+                        }
+                        *lse_ptr.get().add(x.of_lse(token, kv).start + g) = lse;
+                    }
                 }
-                let weights = Mat::rows(&scores[block.prefix..], block.keys());
-                let size = (block.len, x.heads.dim, block.own);
-                let v = x.of_key(x.v, segment.own + block.own_start, head);
-                accumulate(out_ptr, at, x.query_stride(), size, weights, v);
             }
         }
     });
@@ -166,83 +255,113 @@ impl Shared {
     }
 }
 
-fn cap(scores: &mut [f32], cap: Option<f32>) {
-    if let Some(cap) = cap {
+/// Exponentials of each row over the keys it sees, shifted by their maximum; the others become 0. Returns the sum and
+/// the log-sum-exp of each row.
+fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
+    let row = |(row, scores): (usize, &mut [f32])| {
         wide(
             #[inline(always)]
-            || scores.iter_mut().for_each(|s| *s = softcap(*s, cap)),
-        );
-    }
-}
-
-/// Softmax of each row over the keys it sees; the others become 0. Reports each log-sum-exp.
-fn softmax(scores: &mut [f32], block: Block, mut report: impl FnMut(usize, f32)) {
-    wide(
-        #[inline(always)]
-        || {
-            for (row, scores) in scores.chunks_exact_mut(block.keys()).enumerate() {
-                let Range { start, end } = block.visible(row);
+            || {
+                let Range { start, end } = block.visible(row / group);
                 scores[..start].fill(0.0);
                 scores[end..].fill(0.0);
                 let seen = &mut scores[start..end];
                 let top = max(seen);
                 let sum = exp_shifted(seen, top);
-                let scale = 1.0 / sum;
-                seen.iter_mut().for_each(|p| *p *= scale);
-                report(row, top + sum.ln());
-            }
-        },
-    );
+                (sum, top + sum.ln())
+            },
+        )
+    };
+    scores.chunks_exact_mut(block.keys()).enumerate().map(row).collect()
 }
 
 /// Gradients with respect to `q`, `k` and `v`, given that of the output.
 pub fn backward(x: Operands, segments: &Segments, grad: &[f32], out: &[f32], lse: &[f32]) -> [Vec<f32>; 3] {
-    let mut grads = [vec![0.0; x.q.len()], vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
-    let [dq, dk, dv] = grads.each_mut().map(|g| Shared(g.as_mut_ptr()));
-    let tasks: Vec<(&[Segment], usize)> =
-        segments.rows().flat_map(|row| (0..x.heads.kv).map(move |kv| (row, kv))).collect();
-    let group = x.heads.query / x.heads.kv;
-    tasks.into_par_iter().for_each_init(Default::default, |(p, dp): &mut (Vec<f32>, Vec<f32>), (row, kv)| {
-        for segment in row {
-            for head in kv * group..(kv + 1) * group {
-                for block in blocks(segment, x.scores.window) {
-                    let size = block.len * block.keys();
-                    p.resize(size, 0.0);
-                    dp.resize(size, 0.0);
-                    products(&x, x.q, x.k, x.scores.scale, segment, block, head, p);
-                    cap(p, x.scores.softcap);
-                    products(&x, grad, x.v, 1.0, segment, block, head, dp);
-                    score_gradients(&x, segment, block, head, grad, out, lse, p, dp);
-                    // SAFETY: keys of different rows, and the features of different key heads, are
-                    // disjoint; all query heads of a key head are in this task.
-                    unsafe { scatter(&x, segment, block, head, grad, p, dp, [dq, dk, dv]) };
-                }
+    let mut dq = vec![0.0; x.q.len()];
+    let dq_ptr = Shared(dq.as_mut_ptr());
+    let tasks: Vec<(Segment, usize)> =
+        segments.segments().iter().flat_map(|&s| (0..x.heads.kv).map(move |kv| (s, kv))).collect();
+    let shares: Vec<[Vec<f32>; 2]> = tasks
+        .par_iter()
+        .map_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
+            // SAFETY: queries of different segments and the features of different heads are disjoint.
+            unsafe { segment_backward(&x, s, *kv, [grad, out, lse], buffers, dq_ptr) }
+        })
+        .collect();
+    let mut sums = [vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
+    // A prefix is seen from several segments: in their order, so that the sum is always the same.
+    for ((s, kv), shares) in tasks.iter().zip(&shares) {
+        let tokens = (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len);
+        for (i, token) in tokens.enumerate() {
+            let (at, dim) = ((token * x.heads.kv + kv) * x.heads.dim, x.heads.dim);
+            for (sum, share) in sums.iter_mut().zip(shares) {
+                let pairs = sum[at..at + dim].iter_mut().zip(&share[i * dim..(i + 1) * dim]);
+                pairs.for_each(|(sum, share)| *sum += share);
             }
         }
-    });
-    grads
+    }
+    let [dk, dv] = sums;
+    [dq, dk, dv]
 }
 
-/// Turns scores into probabilities (`p`) and `dp` into the gradient of the unscaled scores.
-fn score_gradients(
+/// Writes the gradients of a segment's queries for one key head and returns those of its keys and values, those of the
+/// prefix first.
+///
+/// # Safety
+/// No other thread may touch the rows of this segment in `dq` within the features of this key head's queries.
+unsafe fn segment_backward(
     x: &Operands,
     s: &Segment,
-    block: Block,
-    head: usize,
-    grad: &[f32],
-    out: &[f32],
-    lse: &[f32],
-    p: &mut [f32],
-    dp: &mut [f32],
-) {
-    let (keys, dim) = (block.keys(), x.heads.dim);
+    kv: usize,
+    [grad, out, lse]: [&[f32]; 3],
+    buffers: &mut Buffers,
+    dq: Shared,
+) -> [Vec<f32>; 2] {
+    let (group, dim) = (x.group(), x.heads.dim);
+    let Buffers { gathered, p, ds, q, out: o, grad: g } = buffers;
+    let keys_of_all = gathered.fill(x, s, kv);
+    let pieces = [gathered.piece(keys_of_all, dim)];
+    let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; keys_of_all * dim]);
+    for block in blocks(s, group, x.scores.window) {
+        let (rows, keys) = (block.len * group, block.keys());
+        let first = s.query + block.first;
+        gather(x, x.q, s, block, kv, q);
+        gather(x, grad, s, block, kv, g);
+        gather(x, out, s, block, kv, o);
+        [&mut *p, &mut *ds].map(|buffer| buffer.resize(rows * keys, 0.0));
+        let (q, g) = (Mat::rows(q, dim), Mat::rows(g, dim));
+        for (_, piece) in parts(&pieces, block) {
+            matmul_block(p, keys, false, (rows, keys, dim), q, piece.kt, x.scores.scale);
+            cap(p, x.scores.softcap);
+            matmul_block(ds, keys, false, (rows, keys, dim), g, piece.vt, 1.0);
+            let tokens = first..first + block.len;
+            let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
+            score_gradients(x, block, g, o, &shifts, p, ds);
+            let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
+            let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
+            matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
+            matmul_block(dk, dim, true, (keys, dim, rows), ds.t(), q, 1.0);
+            o.resize(rows * dim, 0.0);
+            matmul_block(o, dim, false, (rows, dim, keys), ds, piece.k, 1.0);
+            for (i, token) in tokens.enumerate() {
+                let from = &o[i * group * dim..(i + 1) * group * dim];
+                let to = x.of_query(token, kv).start;
+                // SAFETY: the caller's promise.
+                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dq.get().add(to), from.len()) };
+            }
+        }
+    }
+    [dk, dv]
+}
+
+/// Turns scores into probabilities (`p`) and `dp` into the gradient of the unscaled scores; `grad` and `out` are of
+/// the block's rows, `lse` as well.
+fn score_gradients(x: &Operands, block: Block, grad: Mat, out: &[f32], lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
+    let (keys, dim, group) = (block.keys(), x.heads.dim, x.group());
     let Scores { scale, softcap, .. } = x.scores;
-    for row in 0..block.len {
-        let token = s.query + block.first + row;
-        let at = token * x.query_stride() + head * dim;
-        let delta = dot(&grad[at..at + dim], &out[at..at + dim]);
-        let shift = lse[token * x.heads.query + head];
-        let Range { start, end } = block.visible(row);
+    for (row, &shift) in lse.iter().enumerate() {
+        let delta = dot(grad.row(row, dim), &out[row * dim..(row + 1) * dim]);
+        let Range { start, end } = block.visible(row / group);
         let (p, dp) = (&mut p[row * keys..(row + 1) * keys], &mut dp[row * keys..(row + 1) * keys]);
         wide(
             #[inline(always)]
@@ -258,40 +377,5 @@ fn score_gradients(
                 }
             },
         );
-    }
-}
-
-/// Adds a block's share to the three gradients.
-///
-/// # Safety
-/// No other thread may touch the rows of this segment in `dq`, or of its row in `dk` and `dv`, within
-/// the features of this head.
-unsafe fn scatter(
-    x: &Operands,
-    s: &Segment,
-    block: Block,
-    head: usize,
-    grad: &[f32],
-    p: &[f32],
-    ds: &[f32],
-    [dq, dk, dv]: [Shared; 3],
-) {
-    let (keys, dim) = (block.keys(), x.heads.dim);
-    let kv = head / (x.heads.query / x.heads.kv);
-    let first = s.query + block.first;
-    let (q, g) = (x.of_query(x.q, first, head), x.of_query(grad, first, head));
-    let prefix = (0, block.prefix, s.prefix + block.prefix_start);
-    let parts = [prefix, (block.prefix, block.own, s.own + block.own_start)];
-    for (column, len, token) in parts.into_iter().filter(|part| part.1 > 0) {
-        let (p, ds) = (Mat::rows(&p[column..], keys), Mat::rows(&ds[column..], keys));
-        let key_at = (token * x.heads.kv + kv) * dim;
-        let query_at = first * x.query_stride() + head * dim;
-        // SAFETY: the caller's promise.
-        unsafe {
-            accumulate(dv, key_at, x.key_stride(), (len, dim, block.len), p.t(), g);
-            accumulate(dk, key_at, x.key_stride(), (len, dim, block.len), ds.t(), q);
-            let k = x.of_key(x.k, token, head);
-            accumulate(dq, query_at, x.query_stride(), (block.len, dim, len), ds, k);
-        }
     }
 }

@@ -1,19 +1,21 @@
-//! Chunked language-model head: logits of a few rows at a time.
+//! Language-model head: logits of all rows for a part of the vocabulary at a time, so that each part of the weight is
+//! read once and its logits stay in the cache.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::matrix::{Mat, matmul};
-use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, sum_by, sum_by2, wide};
+use super::simd::{exp, max, softcap, softcap_slope, sum_by, sum_by2, sums_by, wide};
 use crate::Logits;
 
-/// Logits held at a time (64 MiB), the one large temporary of the head.
-const LOGITS: usize = 16 << 20;
+/// Logits held at a time (8 MiB), the one large temporary of the head.
+const LOGITS: usize = 2 << 20;
 
-/// Rows of a chunk for this vocabulary.
-pub fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS / vocab).clamp(16, 1024)
+/// Parts of the vocabulary for `n` rows.
+fn tiles(n: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
+    let width = (LOGITS / n.max(1)).clamp(256, 4096);
+    (0..vocab).step_by(width).map(move |start| start..(start + width).min(vocab))
 }
 
 /// Results of [`forward`] for `n` rows.
@@ -26,51 +28,146 @@ pub struct Forward {
     pub lse: Vec<f32>,
 }
 
+/// What is known of a row after some of the vocabulary. Sums of exponentials are of logits less `top`.
+#[derive(Clone)]
+struct Row {
+    top: f32,
+    /// No logit before the target is as large as `of_target`.
+    leads: bool,
+    of_target: f32,
+    total: f32,
+    sum: f32,
+    weighted: f32,
+    squares: f32,
+}
+
+impl Row {
+    const EMPTY: Self = Self {
+        top: f32::NEG_INFINITY,
+        leads: false,
+        of_target: 0.0,
+        total: 0.0,
+        sum: 0.0,
+        weighted: 0.0,
+        squares: 0.0,
+    };
+
+    /// Takes in the logits of a part of the vocabulary that starts at `start`.
+    #[inline(always)]
+    fn add(&mut self, z: &[f32], start: usize, target: usize) {
+        let top = max(z);
+        if let Some(&of_target) = target.checked_sub(start).and_then(|at| z.get(at)) {
+            self.of_target = of_target;
+            self.leads = of_target > self.top && !z[..target - start].iter().any(|&z| z >= of_target);
+        }
+        if top > self.top {
+            let shift = self.top - top;
+            let factor = if self.sum == 0.0 { 0.0 } else { exp(shift) };
+            // Σ e^(z - new top) (z - new top), from the sums around the old one.
+            let moved = if self.sum == 0.0 { 0.0 } else { self.weighted + shift * self.sum };
+            (self.sum, self.weighted) = (self.sum * factor, moved * factor);
+            self.squares *= factor * factor;
+            self.top = top;
+        }
+        let top = self.top;
+        self.total += sum_by(z, |z| z);
+        let [sum, weighted, squares] = sums_by(z, |z| {
+            let (shifted, e) = (z - top, exp(z - top));
+            [e, e * shifted, e * e]
+        });
+        self.sum += sum;
+        self.weighted += weighted;
+        self.squares += squares;
+    }
+
+    /// Log-probability, log-sum-exp and statistics.
+    fn finish(&self, vocab: usize) -> (f32, f32, [f32; 4]) {
+        let log_sum = self.sum.ln();
+        // The entropy is lse - Σ p z; shifted by the maximum nothing overflows.
+        let entropy = log_sum - self.weighted / self.sum;
+        let is_first_top = self.leads && self.of_target == self.top;
+        let stats = [
+            entropy,
+            self.total / vocab as f32,
+            f32::from(u8::from(is_first_top)),
+            self.squares.ln() - 2.0 * log_sum,
+        ];
+        (self.of_target - self.top - log_sum, self.top + log_sum, stats)
+    }
+}
+
 /// `hidden`: `[n, dim]`, `w`: `[vocab, dim]`.
 pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of: Logits) -> Forward {
     let (n, vocab) = (targets.len(), w.len() / dim);
-    let mut out = Forward::new(n);
-    let chunk = chunk_rows(vocab).min(n.max(1));
-    let mut logits = vec![0.0; chunk * vocab];
-    for start in (0..n).step_by(chunk) {
-        let len = chunk.min(n - start);
-        let z = &mut logits[..len * vocab];
-        let h = &hidden[start * dim..(start + len) * dim];
-        matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
-        let span = start..start + len;
-        out.rows(z, span, targets, logits_of);
+    let mut rows = vec![Row::EMPTY; n];
+    let mut logits = Vec::new();
+    for tile in tiles(n, vocab) {
+        logits.resize(n * tile.len(), 0.0);
+        let w = &w[tile.start * dim..tile.end * dim];
+        matmul(&mut logits, false, (n, tile.len(), dim), Mat::rows(hidden, dim), Mat::rows(w, dim).t());
+        let per_row = logits.par_chunks_mut(tile.len()).zip(&mut rows).zip(targets);
+        per_row.for_each(|((z, row), &target)| {
+            shape(z, logits_of);
+            wide(
+                #[inline(always)]
+                || row.add(z, tile.start, target as usize),
+            );
+        });
+    }
+    let mut out = Forward { logps: Vec::with_capacity(n), stats: Vec::with_capacity(4 * n), lse: Vec::with_capacity(n) };
+    for (logp, lse, stats) in rows.iter().map(|row| row.finish(vocab)) {
+        out.logps.push(logp);
+        out.lse.push(lse);
+        out.stats.extend_from_slice(&stats);
     }
     out
 }
 
-impl Forward {
-    /// Room for `n` rows.
-    pub fn new(n: usize) -> Self {
-        Self { logps: vec![0.0; n], stats: vec![0.0; 4 * n], lse: vec![0.0; n] }
+/// Gradients with respect to `hidden` and (if `of_weight`) `w`, given that of the log-probabilities:
+/// `dz = grad · (onehot - softmax(z))`, times the slope of cap and scale.
+pub fn backward(
+    grad: &[f32],
+    hidden: &[f32],
+    w: &[f32],
+    dim: usize,
+    targets: &[u32],
+    lse: &[f32],
+    logits_of: Logits,
+    of_weight: bool,
+) -> (Vec<f32>, Vec<f32>) {
+    let (n, vocab) = (targets.len(), w.len() / dim);
+    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
+    let mut logits = Vec::new();
+    for tile in tiles(n, vocab) {
+        let (len, first) = (tile.len(), tile.start > 0);
+        logits.resize(n * len, 0.0);
+        let part = tile.start * dim..tile.end * dim;
+        let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w[part.clone()], dim));
+        matmul(&mut logits, false, (n, len, dim), h, w.t());
+        gradient_rows(&mut logits, tile, targets, lse, grad, logits_of);
+        let z = Mat::rows(&logits, len);
+        matmul(&mut dh, first, (n, dim, len), z, w);
+        if of_weight {
+            matmul(&mut dw[part], false, (len, dim, n), z.t(), h);
+        }
     }
-
-    /// Fills in a range of rows from their products, `[rows, vocab]`, which it overwrites.
-    pub fn rows(&mut self, z: &mut [f32], rows: Range<usize>, targets: &[u32], logits_of: Logits) {
-        z.par_chunks_mut(z.len() / rows.len())
-            .zip(&targets[rows.clone()])
-            .zip(&mut self.logps[rows.clone()])
-            .zip(&mut self.lse[rows.clone()])
-            .zip(self.stats[4 * rows.start..4 * rows.end].par_chunks_mut(4))
-            .for_each(|((((z, &target), logp), lse), stats)| {
-                shape(z, logits_of);
-                (*logp, *lse) = row(z, target as usize, stats);
-            });
-    }
+    (dh, dw)
 }
 
-/// Turns products of some rows, `[rows, vocab]`, into their gradients; `targets`, `lse` and `grad` are of these rows.
-pub fn gradient_rows(z: &mut [f32], targets: &[u32], lse: &[f32], grad: &[f32], logits_of: Logits) {
-    z.par_chunks_mut(z.len() / targets.len()).zip(targets).zip(lse).zip(grad).for_each(
-        |(((z, &target), &lse), &g)| {
-            shape(z, logits_of);
-            row_gradient(z, target as usize, lse, g, logits_of);
-        },
-    );
+/// Turns the products of all rows and a part of the vocabulary, `[rows, part]`, into their gradients.
+pub fn gradient_rows(
+    z: &mut [f32],
+    part: Range<usize>,
+    targets: &[u32],
+    lse: &[f32],
+    grad: &[f32],
+    logits_of: Logits,
+) {
+    z.par_chunks_mut(part.len()).zip(targets).zip(lse).zip(grad).for_each(|(((z, &target), &lse), &g)| {
+        shape(z, logits_of);
+        let target = (target as usize).checked_sub(part.start).filter(|&at| at < z.len());
+        row_gradient(z, target, lse, g, logits_of);
+    });
 }
 
 /// Products to logits: scaled, then capped.
@@ -88,67 +185,10 @@ fn shape(z: &mut [f32], logits: Logits) {
     );
 }
 
-/// Log-probability and log-sum-exp of one row of logits, which it overwrites.
-fn row(z: &mut [f32], target: usize, stats: &mut [f32]) -> (f32, f32) {
-    wide(
-        #[inline(always)]
-        || {
-            let top = max(z);
-            let z_target = z[target];
-            let mean = sum_by(z, |z| z) / z.len() as f32;
-            // The entropy is lse - Σ p z; shifted by the maximum nothing overflows.
-            let weighted = sum_by(z, |z| exp(z - top) * (z - top));
-            let first_top = z.iter().position(|&z| z == top);
-            let sum = exp_shifted(z, top);
-            let log_sum = sum.ln();
-            let squares = sum_by(z, |e| e * e);
-            stats.copy_from_slice(&[
-                log_sum - weighted / sum,
-                mean,
-                f32::from(u8::from(first_top == Some(target))),
-                squares.ln() - 2.0 * log_sum,
-            ]);
-            (z_target - top - log_sum, top + log_sum)
-        },
-    )
-}
-
-/// Gradients with respect to `hidden` and (if `of_weight`) `w`, given that of the log-probabilities:
-/// `dz = grad · (onehot - softmax(z))`, times the slope of cap and scale.
-pub fn backward(
-    grad: &[f32],
-    hidden: &[f32],
-    w: &[f32],
-    dim: usize,
-    targets: &[u32],
-    lse: &[f32],
-    logits_of: Logits,
-    of_weight: bool,
-) -> (Vec<f32>, Vec<f32>) {
-    let (n, vocab) = (targets.len(), w.len() / dim);
-    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
-    let chunk = chunk_rows(vocab).min(n.max(1));
-    let mut logits = vec![0.0; chunk * vocab];
-    for start in (0..n).step_by(chunk) {
-        let len = chunk.min(n - start);
-        let span = start..start + len;
-        let z = &mut logits[..len * vocab];
-        let h = &hidden[start * dim..(start + len) * dim];
-        matmul(z, false, (len, vocab, dim), Mat::rows(h, dim), Mat::rows(w, dim).t());
-        gradient_rows(z, &targets[span.clone()], &lse[span.clone()], &grad[span], logits_of);
-        let z = &logits[..len * vocab];
-        let rows_of_dh = &mut dh[start * dim..(start + len) * dim];
-        matmul(rows_of_dh, false, (len, dim, vocab), Mat::rows(z, vocab), Mat::rows(w, dim));
-        if of_weight {
-            matmul(&mut dw, start > 0, (vocab, dim, len), Mat::rows(z, vocab).t(), Mat::rows(h, dim));
-        }
-    }
-    (dh, dw)
-}
-
-/// Turns one row of logits into the gradient of its products.
-fn row_gradient(z: &mut [f32], target: usize, lse: f32, g: f32, logits: Logits) {
-    let of_target = logits.softcap.map_or(1.0, |cap| softcap_slope(z[target], cap)) * logits.scale;
+/// Turns logits of one row into the gradient of its products; `target` is there if it is among them.
+fn row_gradient(z: &mut [f32], target: Option<usize>, lse: f32, g: f32, logits: Logits) {
+    let slope_at = |z: f32| logits.softcap.map_or(1.0, |cap| softcap_slope(z, cap));
+    let of_target = target.map_or(0.0, |target| slope_at(z[target]) * logits.scale);
     wide(
         #[inline(always)]
         || {
@@ -158,7 +198,9 @@ fn row_gradient(z: &mut [f32], target: usize, lse: f32, g: f32, logits: Logits) 
             }
         },
     );
-    z[target] += g * of_target;
+    if let Some(target) = target {
+        z[target] += g * of_target;
+    }
 }
 
 /// Dot product, for callers that need one row of a product.

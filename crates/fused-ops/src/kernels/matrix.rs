@@ -2,7 +2,16 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use gemm::Parallelism;
+
+static FLOPS: AtomicU64 = AtomicU64::new(0);
+
+/// See [`crate::flops`].
+pub fn flops() -> u64 {
+    FLOPS.load(Ordering::Relaxed)
+}
 
 /// A read-only matrix: element `(i, j)` is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
@@ -21,6 +30,22 @@ impl<'a> Mat<'a> {
     /// The transpose.
     pub fn t(self) -> Self {
         Self { data: self.data, row: self.col, col: self.row }
+    }
+
+    /// Without the first `n` rows.
+    pub fn skip_rows(self, n: usize) -> Self {
+        Self { data: &self.data[n * self.row..], ..self }
+    }
+
+    /// Without the first `n` columns.
+    pub fn skip_cols(self, n: usize) -> Self {
+        Self { data: &self.data[n * self.col..], ..self }
+    }
+
+    /// One row of `len` columns, which follow each other.
+    pub fn row(self, row: usize, len: usize) -> &'a [f32] {
+        assert_eq!(self.col, 1, "a row of a transpose is not a slice");
+        &self.data[row * self.row..row * self.row + len]
     }
 
     fn holds(self, rows: usize, cols: usize) -> bool {
@@ -45,6 +70,20 @@ pub fn matmul(dst: &mut [f32], add: bool, (m, n, k): (usize, usize, usize), a: M
     unsafe { product(dst.as_mut_ptr(), n, add, (m, n, k), a, b, 1.0, Parallelism::Rayon(0)) }
 }
 
+/// `a · b`, on all cores.
+pub fn product_of((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f32> {
+    if k == 0 {
+        return vec![0.0; m * n];
+    }
+    let mut out = Vec::with_capacity(m * n);
+    // SAFETY: there is room for `m * n` elements, and the product writes every one of them.
+    unsafe {
+        product(out.as_mut_ptr(), n, false, (m, n, k), a, b, 1.0, Parallelism::Rayon(0));
+        out.set_len(m * n);
+    }
+    out
+}
+
 /// `dst = scale · a · b` on this thread, with `stride` elements from one row of `dst` to the next.
 pub fn matmul_block(
     dst: &mut [f32],
@@ -58,23 +97,6 @@ pub fn matmul_block(
     assert!(m == 0 || n == 0 || dst.len() >= (m - 1) * stride + n, "the destination holds the block");
     // SAFETY: `dst` is borrowed mutably and long enough.
     unsafe { product(dst.as_mut_ptr(), stride, add, (m, n, k), a, b, scale, Parallelism::None) }
-}
-
-/// `dst += a · b` on this thread, through a pointer that other threads hold too.
-///
-/// # Safety
-/// The `m` rows of `n` elements, `stride` apart, from `dst` on must be valid, and no other thread may
-/// touch them meanwhile.
-pub unsafe fn accumulate(
-    dst: Shared,
-    offset: usize,
-    stride: usize,
-    size: (usize, usize, usize),
-    a: Mat,
-    b: Mat,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { product(dst.0.add(offset), stride, true, size, a, b, 1.0, Parallelism::None) }
 }
 
 unsafe fn product(
@@ -91,6 +113,7 @@ unsafe fn product(
     if m == 0 || n == 0 {
         return;
     }
+    FLOPS.fetch_add(2 * (m * n * k) as u64, Ordering::Relaxed);
     // SAFETY: the operands were checked just now, the destination by the caller.
     unsafe {
         gemm::gemm(

@@ -24,7 +24,8 @@ pub fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.0);
-    let n = (x * LOG2E + ROUND) - ROUND;
+    let rounded = x * LOG2E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4_f32;
     p = p * r + 1.398_2e-3;
@@ -33,7 +34,9 @@ pub fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 5.000_000_1e-1;
     let e = p * r * r + r + 1.0;
-    f32::from_bits((e.to_bits() as i32 + ((n as i32) << 23)) as u32)
+    // The last bits of `rounded` are the integer: a conversion would not vectorise.
+    let shift = rounded.to_bits().wrapping_sub(ROUND.to_bits()) << 23;
+    f32::from_bits(e.to_bits().wrapping_add(shift))
 }
 
 /// `tanh(x)` to about 1e-7 relative: a series near zero, where the quotient would cancel.
@@ -59,55 +62,74 @@ pub fn softcap_slope(value: f32, cap: f32) -> f32 {
     1.0 - t * t
 }
 
+/// Independent partial results, as one or two registers hold them.
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn each(a: Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
 /// Sum of `f(x)` in fixed lanes: the same result whatever the instruction set.
 #[inline(always)]
 pub fn sum_by(xs: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let blocks = xs.chunks_exact(LANES);
-    let rest = blocks.remainder();
+    let [sum] = sums_by(xs, |x| [f(x)]);
+    sum
+}
+
+/// Several such sums of one pass.
+#[inline(always)]
+pub fn sums_by<const K: usize>(xs: &[f32], f: impl Fn(f32) -> [f32; K]) -> [f32; K] {
+    let mut lanes = [[0.0; LANES]; K];
+    let (blocks, rest) = xs.as_chunks::<LANES>();
     for block in blocks {
+        let mut values = [[0.0; LANES]; K];
         for i in 0..LANES {
-            lanes[i] += f(block[i]);
+            let value = f(block[i]);
+            for k in 0..K {
+                values[k][i] = value[k];
+            }
+        }
+        for k in 0..K {
+            lanes[k] = each(lanes[k], &values[k], |lane, value| lane + value);
         }
     }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane += f(x);
+    for (i, &x) in rest.iter().enumerate() {
+        let value = f(x);
+        for k in 0..K {
+            lanes[k][i] += value[k];
+        }
     }
-    fold(lanes)
+    lanes.map(|lanes| fold(lanes, |a, b| a + b))
 }
 
 /// Sum of `f(x, y)` over two slices of one length, in fixed lanes.
 #[inline(always)]
 pub fn sum_by2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let (a, b) = (xs.chunks_exact(LANES), ys.chunks_exact(LANES));
-    let (rest_a, rest_b) = (a.remainder(), b.remainder());
-    for (a, b) in a.zip(b) {
-        for i in 0..LANES {
-            lanes[i] += f(a[i], b[i]);
-        }
+    let mut lanes = [0.0; LANES];
+    let ((a, rest_a), (b, rest_b)) = (xs.as_chunks::<LANES>(), ys.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        lanes = each(lanes, &each(*a, b, &f), |lane, value| lane + value);
     }
     for ((lane, &x), &y) in lanes.iter_mut().zip(rest_a).zip(rest_b) {
         *lane += f(x, y);
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
 /// Largest element; negative infinity for an empty slice. NaNs are ignored.
 #[inline(always)]
 pub fn max(xs: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let blocks = xs.chunks_exact(LANES);
-    let rest = blocks.remainder();
+    let (blocks, rest) = xs.as_chunks::<LANES>();
     for block in blocks {
-        for i in 0..LANES {
-            lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
-        }
+        lanes = each(lanes, block, larger);
     }
     for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane = if x > *lane { x } else { *lane };
+        *lane = larger(*lane, x);
     }
-    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    fold(lanes, larger)
 }
 
 /// Replaces each `x` by `e^(x - shift)` and returns the sum.
@@ -120,11 +142,11 @@ pub fn exp_shifted(xs: &mut [f32], shift: f32) -> f32 {
 }
 
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+fn fold(mut lanes: Lanes, f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }

@@ -9,10 +9,13 @@ use tch::{Kind, Tensor};
 use super::{attention, halves_mut, is_cpu, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
 use crate::kernels::dither::dither;
-use crate::kernels::head::{Forward, chunk_rows, gradient_rows};
+use crate::kernels::head::{self as lm_head, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
 use crate::{Activation, Heads, Logits, Scores, Segments};
+
+/// Logits that the 16-bit head's backward pass holds at a time (64 MiB).
+const LOGITS: usize = 16 << 20;
 
 impl FusedOps for LibTorch {
     fn upload_floats(like: TchTensor, values: Vec<f32>, shape: Vec<usize>) -> TchTensor {
@@ -117,15 +120,10 @@ impl FusedOps for LibTorch {
             let [logps, stats, lse] = generic::head::<Self>(Value(hidden), Value(w), &targets, logits);
             return (logps.0, stats.0, lse.0);
         }
-        let (n, vocab) = (targets.len(), w.tensor.size()[0] as usize);
-        let weight = w.tensor.to_kind(Kind::Float).contiguous();
-        let mut out = Forward::new(n);
-        let chunk = chunk_rows(vocab);
-        for start in (0..n).step_by(chunk) {
-            let rows = start..(start + chunk).min(n);
-            let mut z = logits_of(&hidden.tensor, &weight, start, rows.len());
-            out.rows(values_mut(&mut z), rows, &targets, logits);
-        }
+        // In f32, with this crate's product: see `logits_of`.
+        let [hidden, weight] = [hidden.tensor, w.tensor].map(|x| x.to_kind(Kind::Float).contiguous());
+        let (n, dim) = (targets.len(), weight.size()[1] as usize);
+        let out = lm_head::forward(values(&hidden), values(&weight), dim, &targets, logits);
         let new = |values: &[f32], shape: &[i64]| TchTensor::new(Tensor::from_slice(values).reshape(shape));
         let n = n as i64;
         (new(&out.logps, &[n]), new(&out.stats, &[n, 4]), new(&out.lse, &[n]))
@@ -146,6 +144,9 @@ impl FusedOps for LibTorch {
         }
         let hidden = hidden.tensor;
         let kind = hidden.kind();
+        if kind == Kind::Float {
+            return float_head_backward([grad.tensor, hidden, w.tensor, lse.tensor], &targets, logits, of_weight);
+        }
         let (n, vocab, dim) = (targets.len(), w.tensor.size()[0], w.tensor.size()[1]);
         let (grad, lse) = (grad.tensor.contiguous(), lse.tensor.contiguous());
         let (grad, lse) = (values(&grad), values(&lse));
@@ -154,7 +155,7 @@ impl FusedOps for LibTorch {
         let dh = hidden.empty_like();
         let float = (Kind::Float, hidden.device());
         let mut dw = Tensor::zeros([if of_weight { vocab } else { 0 }, dim], float);
-        let chunk = chunk_rows(vocab as usize);
+        let chunk = (LOGITS / vocab as usize).clamp(16, 1024);
         for start in (0..n).step_by(chunk) {
             let rows = start..(start + chunk).min(n);
             let (at, len) = (start as i64, rows.len() as i64);
@@ -162,6 +163,7 @@ impl FusedOps for LibTorch {
             let part = rows.clone();
             gradient_rows(
                 values_mut(&mut z),
+                0..vocab as usize,
                 &targets[part.clone()],
                 &lse[part.clone()],
                 &grad[part],
@@ -169,15 +171,31 @@ impl FusedOps for LibTorch {
             );
             let dz = z.to_kind(kind);
             dh.narrow(0, at, len).copy_(&dz.matmul(&weight));
-            if of_weight && kind == Kind::Float {
-                let _ = dw.addmm_(&dz.tr(), &hidden.narrow(0, at, len));
-            } else if of_weight {
+            if of_weight {
                 dw += dz.tr().matmul(&hidden.narrow(0, at, len));
             }
         }
         let dw = dw.to_kind(w.tensor.kind());
         (TchTensor::new(dh), TchTensor::new(dw))
     }
+}
+
+/// The head's gradients in `f32`, by this crate's products.
+fn float_head_backward(inputs: [Tensor; 4], targets: &[u32], logits: Logits, of_weight: bool) -> Two<LibTorch> {
+    let [grad, hidden, w, lse] = inputs.map(|x| x.to_kind(Kind::Float).contiguous());
+    let [n, vocab, dim] = [hidden.size()[0], w.size()[0], w.size()[1]];
+    let (dh, dw) = lm_head::backward(
+        values(&grad),
+        values(&hidden),
+        values(&w),
+        dim as usize,
+        targets,
+        values(&lse),
+        logits,
+        of_weight,
+    );
+    let new = |values: &[f32], rows| TchTensor::new(Tensor::from_slice(values).reshape([rows, dim]));
+    (new(&dh, n), new(&dw, if of_weight { vocab } else { 0 }))
 }
 
 /// A weight in another data type; from 32 to 16 bits by [`dither`].

@@ -1,0 +1,174 @@
+//! What a run will need at most, and how many blocks are computed again so that it stays within a limit.
+
+use std::fs;
+
+use decoder::{Decoder, Footprint, Weight};
+use serde::Serialize;
+
+use crate::settings::Settings;
+
+/// The program, its tokenizer, the data's index and what the allocator cannot fill.
+const PROGRAM: usize = 100 << 20;
+
+/// Logits that the head holds at a time.
+const LOGITS: usize = 64 << 20;
+
+/// Part of what it can hold that a run takes when it is given no limit.
+const SHARE: f64 = 0.92;
+
+/// Expected memory in bytes, for the largest micro-batch.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct MemoryPlan {
+    /// Of the model, an adapter, and a reference that is kept.
+    pub weights: usize,
+    pub gradients: usize,
+    pub optimizer: usize,
+    /// What the backward pass of the largest micro-batch needs, and temporaries.
+    pub activations: usize,
+    /// The most at any time: the gradients come while the activations go.
+    pub peak: usize,
+    /// Not to be passed, if anything is known.
+    pub limit: Option<usize>,
+    /// Blocks whose activations are not kept but computed again, in the largest micro-batch.
+    pub recomputed_blocks: usize,
+    #[serde(skip)]
+    cost: Cost,
+}
+
+/// What tokens and steps cost, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    blocks: usize,
+    /// Every block is computed again.
+    all: bool,
+    /// Kept of one block for one token.
+    block: usize,
+    /// Input of a block, for one token.
+    input: usize,
+    /// Temporaries of one block's backward pass, for one token.
+    temporary: usize,
+    /// Gradient of the head, while the activations are there.
+    head: usize,
+    /// Gradients are held from one micro-batch to the next.
+    accumulates: bool,
+    /// Weights, optimizer and program.
+    fixed: usize,
+    gradients: usize,
+    /// Weights of the two ends that are one: their gradients are added.
+    ends: usize,
+}
+
+impl Cost {
+    fn new(settings: &Settings, model: &Decoder, fixed: usize, gradients: usize) -> Self {
+        let config = model.config();
+        let width = settings.precision.compute().size();
+        let Footprint { stream, products, cast, temporary } = model.footprint();
+        let table = 4 * config.vocab * config.hidden;
+        let trained = model.lora().is_none();
+        Self {
+            blocks: config.layers.len(),
+            all: settings.gradient_checkpointing,
+            block: 4 * stream + width * (products + if width < 4 { cast } else { 0 }),
+            input: 4 * config.hidden,
+            temporary: width * temporary,
+            head: if trained { table } else { 0 },
+            accumulates: settings.accumulation > 1,
+            fixed,
+            gradients,
+            ends: if trained { 2 * table } else { 0 },
+        }
+    }
+
+    /// Activations of `tokens` with `again` blocks computed again.
+    fn activations(&self, tokens: usize, again: usize) -> usize {
+        // One of those that are computed again is there at a time.
+        let kept = self.blocks - again;
+        let one = if again > 0 && kept == 0 { self.block } else { 0 };
+        tokens * (kept * self.block + one + (again + 3) * self.input)
+    }
+
+    fn peak(&self, tokens: usize, again: usize) -> usize {
+        let temporary = (tokens * self.temporary).max(LOGITS);
+        let full = self.activations(tokens, again) + self.head + temporary;
+        let before = if self.accumulates { self.gradients } else { 0 };
+        let last = self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
+        self.fixed + (full + before).max(last)
+    }
+
+    /// The fewest blocks that fit; all of them where nothing fits.
+    fn again(&self, tokens: usize, limit: Option<usize>) -> usize {
+        let fits = |&again: &usize| limit.is_none_or(|limit| self.peak(tokens, again) <= limit);
+        if self.all { self.blocks } else { (0..self.blocks).find(fits).unwrap_or(self.blocks) }
+    }
+}
+
+impl MemoryPlan {
+    /// For micro-batches of at most `tokens` packed tokens. `most` is what the device can hold.
+    pub fn new(settings: &Settings, model: &Decoder, tokens: usize, most: Option<usize>) -> Self {
+        let bytes = |weights: &[Weight]| weights.iter().map(Weight::bytes).sum::<usize>();
+        let (all, gradients) = (bytes(model.weights()), bytes(model.trained()));
+        let adapter = if model.lora().is_some() { gradients } else { 0 };
+        let second = if settings.live_reference && model.lora().is_none() { all } else { 0 };
+        let (weights, optimizer) = (all + adapter + second, settings.optim.states() * gradients);
+        let cost = Cost::new(settings, model, weights + optimizer + PROGRAM, gradients);
+        let limit = settings.memory_limit.or(most.map(|most| (most as f64 * SHARE) as usize));
+        let recomputed_blocks = cost.again(tokens, limit);
+        Self {
+            weights,
+            gradients,
+            optimizer,
+            activations: cost.activations(tokens, recomputed_blocks),
+            peak: cost.peak(tokens, recomputed_blocks),
+            limit,
+            recomputed_blocks,
+            cost,
+        }
+    }
+
+    /// Blocks of a micro-batch of `tokens` packed tokens that are computed again.
+    pub fn again(&self, tokens: usize) -> usize {
+        self.cost.again(tokens, self.limit)
+    }
+
+    /// For people.
+    pub fn lines(&self, given: bool) -> Vec<String> {
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let Cost { blocks, .. } = self.cost;
+        let mut lines = vec![format!(
+            "memory plan: weights {:.2} GiB, gradients {:.2}, optimizer {:.2}, activations {:.2}; at most {:.2} GiB at a \
+             time; {} of {blocks} blocks are computed again in the largest micro-batch",
+            gib(self.weights),
+            gib(self.gradients),
+            gib(self.optimizer),
+            gib(self.activations),
+            gib(self.peak),
+            self.recomputed_blocks
+        )];
+        if let Some(limit) = self.limit.filter(|&limit| self.peak > limit) {
+            let what = if given { "--memory-limit" } else { "what can be had" };
+            lines.push(format!(
+                "WARNING: {what} is {:.2} GiB, and the run needs about {:.2} GiB even so; smaller micro-batches (with \
+                 --gradient-accumulation-steps), a smaller --max-length or an adapter (--use-peft) need less",
+                gib(limit),
+                gib(self.peak)
+            ));
+        }
+        lines
+    }
+}
+
+/// Memory that this process can hold, where the system tells: what it has and what is free, within the limit of its
+/// group.
+pub fn host_memory() -> Option<usize> {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    let kib = |path: &str, key: &str| {
+        let text = fs::read_to_string(path).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()
+    };
+    let free = kib("/proc/meminfo", "MemAvailable:")? << 10;
+    let group = number("/sys/fs/cgroup/memory.max")
+        .and_then(|most| Some(most.saturating_sub(number("/sys/fs/cgroup/memory.current")?)));
+    let held = kib("/proc/self/status", "VmRSS:")? << 10;
+    Some(group.map_or(free, |left| left.min(free)) + held)
+}
