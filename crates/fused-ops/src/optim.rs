@@ -30,8 +30,9 @@ pub struct Moments {
 impl Moments {
     /// Zeros of the parameter's shape.
     pub fn zeros(parameter: &Tensor<2>) -> Self {
-        let zeros = Tensor::zeros(parameter.dims(), &parameter.device().inner());
-        Self { first: zeros.clone(), second: zeros }
+        // Two tensors: one that is shared would be copied before it can be updated in place.
+        let zeros = || Tensor::zeros(parameter.dims(), &parameter.device().inner());
+        Self { first: zeros(), second: zeros() }
     }
 }
 

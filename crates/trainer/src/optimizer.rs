@@ -75,9 +75,21 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Nothing accumulated, nothing kept.
-    pub fn new(weights: usize) -> Self {
+    fn empty(weights: usize) -> Self {
         let none = |_| None;
         Self { gradients: (0..weights).map(none).collect(), slots: vec![Vec::new(); weights] }
+    }
+
+    /// For the trained weights of a model. AdamW's moments are there from the start: made in the first step they would
+    /// lie between its activations, whose places later steps could not use as well.
+    pub fn new(model: &Decoder, rule: Rule) -> Self {
+        let mut optimizer = Self::empty(model.trained().len());
+        if matches!(rule, Rule::AdamW { .. }) {
+            let moments = |weight: &Weight| Moments::zeros(&weight.tensor.clone().inner());
+            let both = |Moments { first, second }| vec![first, second];
+            optimizer.slots = model.trained().iter().map(|weight| both(moments(weight))).collect();
+        }
+        optimizer
     }
 
     /// Adds a micro-batch's gradients.
@@ -172,7 +184,7 @@ impl Optimizer {
         rule: Rule,
         read: impl Fn(&str) -> Result<Tensor<2>, E>,
     ) -> Result<Self, E> {
-        let mut optimizer = Self::new(model.trained().len());
+        let mut optimizer = Self::empty(model.trained().len());
         for (slots, weight) in optimizer.slots.iter_mut().zip(model.trained()) {
             let names = rule.slots(weight).iter().map(|slot| format!("{slot}.{}", weight.name));
             *slots = names.map(|name| read(&name)).collect::<Result<_, E>>()?;

@@ -103,7 +103,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
             say(&format!("going on from {} (step {})", dir.display(), state.step));
             checkpoint::read_optimizer(dir, &model, settings.optim)?
         }
-        None => Optimizer::new(model.trained().len()),
+        None => Optimizer::new(&model, settings.optim),
     };
     let resumed_from_step = state.step;
     // Everything that can be wrong has been looked at: only now is an earlier run cleared away.
