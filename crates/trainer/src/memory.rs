@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::settings::Settings;
 
 /// The program, its tokenizer, the data's index and what the allocator cannot fill.
-const PROGRAM: usize = 100 << 20;
+const PROGRAM: usize = 160 << 20;
 
 /// Logits that the head holds at a time.
 const LOGITS: usize = 64 << 20;

@@ -35,17 +35,6 @@ pub fn cuda_devices() -> usize {
     usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
 }
 
-/// Keeps freed memory for later use. LibTorch takes its buffers from the C library, which gives large ones back at
-/// once: each step would pay for their pages again.
-#[allow(unsafe_code)]
-pub fn prepare() {
-    #[cfg(target_env = "gnu")]
-    for parameter in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
-        // SAFETY: sets two numbers of the allocator; a value it does not take is ignored.
-        unsafe { libc::mallopt(parameter, 1 << 30) };
-    }
-}
-
 /// Bytes reserved at most so far on a CUDA device, and all of its memory.
 pub fn memory(device: &Device) -> Option<(u64, u64)> {
     use burn::backend::libtorch::LibTorchDevice;
