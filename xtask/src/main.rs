@@ -34,8 +34,9 @@ train, sample and eval take --backend flex|tch|cuda|wgpu|cubecl-cuda, which is b
 cargo xtask new-model --help          an untrained model directory
 cargo xtask demo-model                makes datasets/demo/model again
 cargo xtask bench head                GFLOP/s of the parts of a training step
-cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV]
-                        [--backend B] [--dtype T] [--max-length N] [-- FLAGS OF TRAIN]
+cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--max-length N]
+                        [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]
+cargo xtask bench train --shape NAME [--vocab N] --row-tokens N[,N …] …    a model and pairs made on the spot
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers

@@ -64,7 +64,8 @@ impl Decoder {
         };
         let blocks = 2 * tokens * passes(trained) * linear(self.weights());
         // Both factors of an adapter are trained; they have two dimensions, magnitudes one.
-        let factors = |weights: &[Weight]| -> u64 { weights.iter().filter(|w| w.shape.len() == 2).map(size).sum() };
+        let factors =
+            |weights: &[Weight]| -> u64 { weights.iter().filter(|w| w.shape.len() == 2).map(size).sum() };
         let adapters = self.lora().map_or(0, |lora| 2 * tokens * passes(true) * factors(lora.weights()));
         let head = 2 * scored * passes(trained) * (config.vocab * config.hidden) as u64;
         let pairs = |window| batch.segments.segments().iter().map(|s| seen(s, window) as u64).sum::<u64>();

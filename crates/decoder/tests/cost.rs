@@ -57,8 +57,13 @@ fn memory_and_operations_do_not_grow() {
     measure(&model, &batch, 0);
     for blocks in [0, 3, 6] {
         let (bytes, flops) = measure(&model, &batch, blocks);
-        let kept = 4 * tokens * ((LAYERS - blocks) * (footprint.stream + footprint.products) + blocks * HIDDEN);
-        eprintln!("{blocks}: {bytes} bytes, kept {kept} ({:.3}), {flops} flops, useful {useful} ({:.4})", bytes as f64 / kept as f64, flops as f64 / useful as f64);
+        let kept =
+            4 * tokens * ((LAYERS - blocks) * (footprint.stream + footprint.products) + blocks * HIDDEN);
+        eprintln!(
+            "{blocks}: {bytes} bytes, kept {kept} ({:.3}), {flops} flops, useful {useful} ({:.4})",
+            bytes as f64 / kept as f64,
+            flops as f64 / useful as f64
+        );
     }
     panic!();
 }

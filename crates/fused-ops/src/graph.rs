@@ -152,7 +152,12 @@ impl<B: FusedOps> Backward<B, 2> for Head {
 }
 
 /// Prepares a node whose output is computed again from `inputs`, if all that are `known` are tracked.
-fn again<B: FusedOps, O: Backward<B, N, State: Clone + Send + std::fmt::Debug>, const N: usize, const M: usize>(
+fn again<
+    B: FusedOps,
+    O: Backward<B, N, State: Clone + Send + std::fmt::Debug>,
+    const N: usize,
+    const M: usize,
+>(
     op: O,
     nodes: [NodeGuard; N],
     known: &[Tracked<B>],

@@ -255,7 +255,8 @@ fn head_of_a_large_vocabulary_takes_several_chunks() {
         ("gradient of hidden", host(h.grad(&grads).unwrap()), dh),
         ("gradient of the weight", host(w.grad(&grads).unwrap()), dw),
     ] {
-        let apart = got.iter().zip(&want).map(|(&got, want)| (f64::from(got) - want).abs() / want.abs().max(1.0));
+        let apart =
+            got.iter().zip(&want).map(|(&got, want)| (f64::from(got) - want).abs() / want.abs().max(1.0));
         let worst = apart.fold(0.0, f64::max);
         assert!(worst < tolerance, "{what}: {worst:e}");
     }

@@ -78,7 +78,10 @@ pub fn ours(dir: &Path) -> Result<Vec<PathBuf>> {
         let ours = if path.is_dir() {
             is_our_directory(&path, name)
         } else {
-            LOGS.contains(&name) || FILES.contains(&name) || Companions::FILES.contains(&name) || is_shard(name)
+            LOGS.contains(&name)
+                || FILES.contains(&name)
+                || Companions::FILES.contains(&name)
+                || is_shard(name)
         };
         if ours {
             found.push(path);
@@ -113,10 +116,13 @@ fn event_files(runs: &Path) -> Vec<PathBuf> {
 /// Deletes what an earlier run wrote into an output directory, and nothing else. One that was stopped before its
 /// first checkpoint (`finished` is false) has written logs alone: a model or tokenizer beside them is somebody else's.
 pub fn clear(dir: &Path, finished: bool) -> Result<()> {
-    let name = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
+    let name =
+        |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
     let log = |path: &PathBuf| {
         let name = name(path);
-        LOGS.contains(&name.as_str()) || name.ends_with(".tmp") || !path.is_dir() && path.parent() != Some(dir)
+        LOGS.contains(&name.as_str())
+            || name.ends_with(".tmp")
+            || !path.is_dir() && path.parent() != Some(dir)
     };
     for path in ours(dir)?.into_iter().filter(|path| finished || log(path)) {
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };

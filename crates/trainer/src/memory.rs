@@ -91,7 +91,8 @@ impl Cost {
         let temporary = (tokens * self.temporary).max(LOGITS);
         let full = self.activations(tokens, again) + self.head + temporary;
         let before = if self.accumulates { self.gradients } else { 0 };
-        let last = self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
+        let last =
+            self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
         self.fixed + (full + before).max(last)
     }
 

@@ -37,7 +37,10 @@ impl Profile {
         let file = File::open(&path).with_context(context)?;
         let events: Vec<Event> = serde_json::from_reader(BufReader::new(file)).with_context(context)?;
         let mut lines = table(&own_times(&events));
-        lines.push(format!("profile: {} (open it in https://ui.perfetto.dev or chrome://tracing)", path.display()));
+        lines.push(format!(
+            "profile: {} (open it in https://ui.perfetto.dev or chrome://tracing)",
+            path.display()
+        ));
         Ok(lines)
     }
 }

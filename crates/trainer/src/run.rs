@@ -14,10 +14,10 @@ use crate::checkpoint::{self, State};
 use crate::data::Data;
 use crate::hints::Hints;
 use crate::logs::{self, Logs};
+use crate::memory::{self, MemoryPlan};
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::policy::{self, Reference};
-use crate::memory::{self, MemoryPlan};
 use crate::preflight;
 use crate::references::References;
 use crate::run_info::{COMMIT, RunInfo, peak_memory};
@@ -88,7 +88,11 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     }
     let report = preflight::data_report(&data.train, &tokenizer);
     let model = policy::policy(settings, base, resume.as_deref())?;
-    let most = if settings.backend.is_on_host() { memory::host_memory() } else { opened.memory().map(|(_, all)| all as usize) };
+    let most = if settings.backend.is_on_host() {
+        memory::host_memory()
+    } else {
+        opened.memory().map(|(_, all)| all as usize)
+    };
     let memory = MemoryPlan::new(settings, &model, plan.most_tokens(), most);
     for line in preflight::lines(settings, &report, &memory, plan.total) {
         say(&line);

@@ -6,8 +6,8 @@ use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_
 use burn::tensor::{Tensor, TensorData, Transaction};
 use decoder::{Batch, Decoder, Recompute, TokenScores};
 use fused_ops::{HeadOutput, sum_into, upload};
-use tracing::trace_span;
 use pref_data::{Dataset, Packed, PairTokens, Side, kl_rows};
+use tracing::trace_span;
 
 use crate::loss::{LossSettings, Winners};
 use crate::metrics::{self, Metrics, PairValues, RowValues};

@@ -1,6 +1,7 @@
 //! Measurements that anyone can repeat.
 
 mod data;
+mod shapes;
 mod train;
 
 use std::process::ExitCode;
@@ -22,7 +23,8 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         Some((what, rest)) if what == "data" => data::run(rest),
         _ => bail!(
             "usage: cargo xtask bench head\n\
-             cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--against-trl VENV] [--backend B] [--dtype T] [--max-length N] [-- FLAGS OF TRAIN]\n\
+             cargo xtask bench train (--model DIR | --shape NAME [--vocab N]) (--dataset PATH [--max-length N] | --row-tokens N[,N …])\n\
+             \x20   [--steps N] [--pairs N] [--runs N] [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]\n\
              cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]"
         ),
     }

@@ -8,14 +8,24 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::median;
+use super::{median, shapes};
 use crate::backends::Build;
 use crate::cargo::build_with;
 use crate::report;
 
-struct Options {
+/// What is trained.
+struct Case {
     model: PathBuf,
     dataset: PathBuf,
+    length: usize,
+}
+
+struct Options {
+    model: Option<PathBuf>,
+    dataset: Option<PathBuf>,
+    shape: Option<String>,
+    vocab: Option<usize>,
+    row_tokens: Vec<usize>,
     steps: usize,
     pairs: usize,
     runs: usize,
@@ -23,103 +33,188 @@ struct Options {
     backend: String,
     dtype: String,
     trl: Option<PathBuf>,
+    trl_dtypes: Vec<String>,
     /// Flags for our trainer alone, after `--`.
     more: Vec<String>,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
-        let (mut model, mut dataset, mut trl) = (None, None, None);
-        let (mut steps, mut pairs, mut runs, mut length) = (6, 2, 3, 2048);
-        let (mut backend, mut dtype) = ("flex".to_string(), "float32".to_string());
         let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
-        let more = args.iter().skip(end + 1).cloned().collect();
+        let mut options = Self {
+            model: None,
+            dataset: None,
+            shape: None,
+            vocab: None,
+            row_tokens: Vec::new(),
+            steps: 6,
+            pairs: 2,
+            runs: 3,
+            length: 2048,
+            backend: "flex".into(),
+            dtype: "float32".into(),
+            trl: None,
+            trl_dtypes: vec!["float32".into(), "bfloat16".into()],
+            more: args.iter().skip(end + 1).cloned().collect(),
+        };
         let (chunks, rest) = args[..end].as_chunks::<2>();
         if let [odd] = rest {
             bail!("{odd} needs a value");
         }
         for [flag, value] in chunks {
-            let count =
-                || value.parse::<usize>().with_context(|| format!("{flag} {value}: expected a count"));
-            match flag.as_str() {
-                "--model" => model = Some(PathBuf::from(value)),
-                "--dataset" => dataset = Some(PathBuf::from(value)),
-                "--against-trl" => trl = Some(PathBuf::from(value)),
-                "--steps" => steps = count()?,
-                "--pairs" => pairs = count()?,
-                "--runs" => runs = count()?,
-                "--max-length" => length = count()?,
-                "--backend" => backend.clone_from(value),
-                "--dtype" => dtype.clone_from(value),
-                other => bail!("unknown flag {other}"),
-            }
+            options.set(flag, value)?;
         }
-        let model = model.context("--model is required")?;
-        Ok(Self {
-            model,
-            dataset: dataset.context("--dataset is required")?,
-            steps,
-            pairs,
-            runs: runs.max(1),
-            length,
-            backend,
-            dtype,
-            trl,
-            more,
-        })
+        options.check()?;
+        Ok(options)
+    }
+
+    fn set(&mut self, flag: &str, value: &str) -> Result<()> {
+        let number = |text: &str| text.parse().with_context(|| format!("{flag} {text}: expected a count"));
+        match flag {
+            "--model" => self.model = Some(value.into()),
+            "--dataset" => self.dataset = Some(value.into()),
+            "--shape" => self.shape = Some(value.into()),
+            "--vocab" => self.vocab = Some(number(value)?),
+            "--row-tokens" => self.row_tokens = value.split(',').map(number).collect::<Result<_>>()?,
+            "--against-trl" => self.trl = Some(value.into()),
+            "--trl-dtypes" => self.trl_dtypes = value.split(',').map(String::from).collect(),
+            "--steps" => self.steps = number(value)?.max(1),
+            "--pairs" => self.pairs = number(value)?.max(1),
+            "--runs" => self.runs = number(value)?.max(1),
+            "--max-length" => self.length = number(value)?,
+            "--backend" => self.backend = value.into(),
+            "--dtype" => self.dtype = value.into(),
+            other => bail!("unknown flag {other}"),
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        match (&self.model, &self.shape) {
+            (Some(_), Some(_)) | (None, None) => {
+                bail!("give --model DIR, or --shape with one of {}", shapes::NAMES)
+            }
+            _ => {}
+        }
+        if self.dataset.is_some() == !self.row_tokens.is_empty() {
+            bail!("give --dataset PATH, or --row-tokens N[,N …] for pairs made on the spot");
+        }
+        if self.vocab.is_some() && self.shape.is_none() {
+            bail!("--vocab has no effect without --shape");
+        }
+        if let Some(other) =
+            self.trl_dtypes.iter().find(|name| !["float32", "bfloat16"].contains(&name.as_str()))
+        {
+            bail!("--trl-dtypes {other}: expected float32 or bfloat16");
+        }
+        Ok(())
+    }
+
+    /// Makes what is not given.
+    fn cases(&self, new_model: &Path, dir: &Path) -> Result<Vec<Case>> {
+        let model = match (&self.model, &self.shape) {
+            (Some(model), _) => model.clone(),
+            (None, shape) => shapes::model(shape.as_deref().unwrap_or_default(), self.vocab, new_model, dir)?,
+        };
+        if let Some(dataset) = &self.dataset {
+            return Ok(vec![Case { model, dataset: dataset.clone(), length: self.length }]);
+        }
+        let case = |&tokens: &usize| {
+            let dataset = shapes::pairs(self.steps * self.pairs, tokens, dir)?;
+            Ok(Case { model: model.clone(), dataset, length: tokens + 64 })
+        };
+        self.row_tokens.iter().map(case).collect()
     }
 }
 
-/// Seconds a step, packed tokens a second, and peak memory in GB: of the device where it has memory of its own.
-#[derive(Debug, Clone, Copy)]
+/// Seconds a step, packed tokens and useful floating-point operations a second in the steps, peak memory in GB: of the
+/// device where it has memory of its own; and the loss of each step.
+#[derive(Debug, Clone)]
 struct Measured {
     seconds: f64,
     tokens: f64,
+    gflops: f64,
     memory: f64,
+    losses: Vec<f64>,
 }
 
 /// Runs alternate; medians.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let options = &Options::parse(args)?;
     let binary = build_with("trainer", &Build::of(&[options.backend.as_str()])?)?;
-    let name = format!("ours, {} {}", options.backend, options.dtype);
+    let beside = |name: &str| binary.with_file_name(format!("{name}{}", env::consts::EXE_SUFFIX));
+    let dir = env::temp_dir().join("clair-apo-bench");
+    fs::create_dir_all(&dir)?;
+    let cases = options.cases(&beside("new-model"), &dir)?;
+    let peak = peak(&beside("peak"), options)?;
+    report(&format!("matrix products of {} in {}: {peak:.0} GFLOP/s", options.backend, options.dtype));
+    for case in &cases {
+        measure(&binary, options, case, peak)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Speed of large products on this machine, now.
+fn peak(binary: &Path, options: &Options) -> Result<f64> {
+    let flags = ["--backend", &options.backend, "--dtype", &options.dtype];
+    let output = Command::new(binary).args(flags).output().context("cannot run peak")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.trim().parse().with_context(|| format!("peak failed: {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn measure(binary: &Path, options: &Options, case: &Case, peak: f64) -> Result<()> {
     let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let name = format!("ours, {} {}", options.backend, options.dtype);
+    let peers: &[String] = if options.trl.is_some() { &options.trl_dtypes } else { &[] };
+    let mut ours = Vec::new();
+    let mut theirs = vec![Vec::new(); peers.len()];
+    report(&format!("{} on {}", case.model.display(), case.dataset.display()));
     for i in 0..options.runs {
-        let measured = run_ours(&binary, options, &out)?;
+        let measured = run_ours(binary, options, case, &out)?;
         report(&format!(
-            "run {}: {name} {:.2} s a step, {:.0} packed tokens/s in the steps, {:.2} GB",
+            "run {}: {name} {:.2} s a step, {:.0} packed tokens/s and {:.0} GFLOP/s in the steps, {:.2} GB",
             i + 1,
             measured.seconds,
             measured.tokens,
+            measured.gflops,
             measured.memory
         ));
         ours.push(measured);
-        if let Some(venv) = &options.trl {
-            let measured = run_trl(venv, options, &out)?;
-            report(&format!(
-                "run {}: TRL {:.2} s a step, {:.2} GB",
-                i + 1,
-                measured.seconds,
-                measured.memory
-            ));
+        for (dtype, theirs) in peers.iter().zip(&mut theirs) {
+            let venv = options.trl.as_deref().unwrap_or(Path::new(""));
+            let measured = run_trl(venv, options, case, dtype, &out)?;
+            let (seconds, memory) = (measured.seconds, measured.memory);
+            report(&format!("run {}: TRL {dtype} {seconds:.2} s a step, {memory:.2} GB", i + 1));
             theirs.push(measured);
         }
     }
     fs::remove_dir_all(&out).ok();
     summary(&name, &ours);
-    if !theirs.is_empty() {
-        summary(
-            &format!("TRL, {}", if options.dtype == "bfloat16" { "bf16 autocast" } else { "f32" }),
-            &theirs,
-        );
-        let ratio = |f: fn(&Measured) -> f64| median_of(&theirs, f) / median_of(&ours, f);
-        report(&format!("{:.2}x faster", ratio(|m| m.seconds)));
-        if !options.backend.contains("cuda") {
-            report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
-        }
+    let gflops = median_of(&ours, |m| m.gflops);
+    let tokens = median_of(&ours, |m| m.tokens);
+    report(&format!(
+        "{tokens:.0} packed tokens/s; {gflops:.0} useful GFLOP/s, {:.0} % of {peak:.0}",
+        100.0 * gflops / peak
+    ));
+    for (dtype, theirs) in peers.iter().zip(&theirs) {
+        compare(dtype, &ours, theirs, options);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+fn compare(dtype: &str, ours: &[Measured], theirs: &[Measured], options: &Options) {
+    summary(&format!("TRL, {}", if dtype == "bfloat16" { "bf16 autocast" } else { "f32" }), theirs);
+    let ratio = |f: fn(&Measured) -> f64| median_of(theirs, f) / median_of(ours, f);
+    report(&format!("{:.2}x faster", ratio(|m| m.seconds)));
+    if !options.backend.contains("cuda") {
+        report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
+    }
+    let pairs = ours[0].losses.iter().zip(&theirs[0].losses);
+    let apart = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    report(&format!(
+        "losses of {} steps at most {apart:.1e} apart",
+        ours[0].losses.len().min(theirs[0].losses.len())
+    ));
 }
 
 fn median_of(all: &[Measured], f: fn(&Measured) -> f64) -> f64 {
@@ -132,10 +227,10 @@ fn summary(name: &str, all: &[Measured]) {
 }
 
 /// The reference pass is part of the time, as it is of the peer's.
-fn run_ours(binary: &Path, options: &Options, out: &Path) -> Result<Measured> {
+fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result<Measured> {
     let dir = out.join("ours");
     let mut command = Command::new(binary);
-    shared_flags(&mut command, options);
+    shared_flags(&mut command, options, case);
     command
         .args(["--backend", &options.backend, "--dtype", &options.dtype])
         .args(&options.more)
@@ -157,14 +252,18 @@ fn run_ours(binary: &Path, options: &Options, out: &Path) -> Result<Measured> {
     let seconds = (number("train_seconds")? + reference) / options.steps as f64;
     let tokens = number("computed_tokens")? / number("train_seconds")?;
     let memory = info["device_memory_bytes"][0].as_f64().map_or_else(|| number("peak_memory_bytes"), Ok)?;
-    Ok(Measured { seconds, tokens, memory: memory / 1e9 })
+    let gflops = number("useful_flops")? / number("train_seconds")? / 1e9;
+    let log = fs::read_to_string(dir.join("train_log.jsonl"))?;
+    let losses =
+        log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()?["loss"].as_f64()).collect();
+    Ok(Measured { seconds, tokens, gflops, memory: memory / 1e9, losses })
 }
 
-fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
+fn run_trl(venv: &Path, options: &Options, case: &Case, dtype: &str, out: &Path) -> Result<Measured> {
     let mut command = Command::new("/usr/bin/time");
     command.args(["-f", "PEAK_KB %M"]).arg(venv.join("bin/trl")).arg("dpo");
-    shared_flags(&mut command, options);
-    let mixed = if options.dtype == "bfloat16" { "True" } else { "False" };
+    shared_flags(&mut command, options, case);
+    let mixed = if dtype == "bfloat16" { "True" } else { "False" };
     command.args(["--dtype", "float32", "--bf16", mixed]);
     command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
     let path = env::var("PATH").unwrap_or_default();
@@ -185,25 +284,23 @@ fn run_trl(venv: &Path, options: &Options, out: &Path) -> Result<Measured> {
     if !output.status.success() {
         bail!("TRL failed: {}", text.lines().rev().take(5).collect::<Vec<_>>().join("\n"));
     }
-    let after = |marker: &str| -> Option<f64> {
-        let rest = text.split(marker).nth(1)?;
-        let number: String = rest
-            .trim_start_matches([' ', '\'', ':'])
-            .chars()
-            .take_while(|c| c.is_ascii_digit() || *c == '.')
-            .collect();
-        number.parse().ok()
+    let number = |rest: &str| -> Option<f64> {
+        let rest = rest.trim_start_matches([' ', '\'', ':']);
+        let end = rest.find(|c: char| !c.is_ascii_digit() && !".-e".contains(c)).unwrap_or(rest.len());
+        rest[..end].parse().ok()
     };
+    let after = |marker: &str| number(text.split(marker).nth(1)?);
     let seconds = after("train_runtime").context("TRL printed no train_runtime")? / options.steps as f64;
     let memory = after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9;
-    Ok(Measured { seconds, tokens: f64::NAN, memory })
+    let losses = text.split("{'loss'").skip(1).filter_map(number).collect();
+    Ok(Measured { seconds, tokens: f64::NAN, gflops: f64::NAN, memory, losses })
 }
 
-fn shared_flags(command: &mut Command, options: &Options) {
-    command.arg("--model_name_or_path").arg(&options.model).arg("--dataset_name").arg(&options.dataset);
+fn shared_flags(command: &mut Command, options: &Options, case: &Case) {
+    command.arg("--model_name_or_path").arg(&case.model).arg("--dataset_name").arg(&case.dataset);
     let (steps, pairs) = (options.steps.to_string(), options.pairs.to_string());
     command.args(["--per_device_train_batch_size", &pairs, "--max_steps", &steps]);
-    command.args(["--max_length", &options.length.to_string()]);
+    command.args(["--max_length", &case.length.to_string()]);
     let line = "--loss_type apo_zero --beta 0.1 --gradient_checkpointing False --learning_rate 1e-5 --lr_scheduler_type linear --logging_steps 1 \
                 --train_sampling_strategy sequential --disable_tqdm True --save_strategy no";
     command.args(line.split_whitespace());

@@ -16,7 +16,7 @@ use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, wide};
 use crate::{Heads, Scores, Segment, Segments};
 
 /// Rows of a block, of all query heads that share a key head: its scores stay in the second-level cache.
-const ROWS: usize = 96;
+const ROWS: usize = 48;
 
 /// Keys and values are copied side by side for segments of at least so many rows.
 const GATHERED: usize = 16;
@@ -125,7 +125,8 @@ struct Gathered {
 impl Gathered {
     fn fill(&mut self, x: &Operands, s: &Segment, kv: usize) -> usize {
         let (keys, dim) = (s.prefix_len + s.len, x.heads.dim);
-        for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)] {
+        for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)]
+        {
             plain.resize(keys * dim, 0.0);
             transposed.resize(keys * dim, 0.0);
             let tokens = (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len);
@@ -164,7 +165,8 @@ fn parts<'a>(pieces: &[Piece<'a>], block: Block) -> impl Iterator<Item = (usize,
         at += piece.len;
         (first < end).then(|| {
             let Piece { k, kt, v, vt, .. } = *piece;
-            let (k, kt, v, vt) = (k.skip_rows(skip), kt.skip_cols(skip), v.skip_rows(skip), vt.skip_cols(skip));
+            let (k, kt, v, vt) =
+                (k.skip_rows(skip), kt.skip_cols(skip), v.skip_rows(skip), vt.skip_cols(skip));
             (first - block.start, Piece { k, kt, v, vt, len: end - first })
         })
     })
@@ -211,7 +213,8 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
     tasks.into_par_iter().for_each_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
         let Buffers { gathered, p, q, out, .. } = buffers;
         let copied = (s.len * group >= GATHERED).then(|| gathered.fill(&x, &s, kv));
-        let pieces = copied.map_or_else(|| in_place(&x, &s, kv), |keys| vec![gathered.piece(keys, heads.dim)]);
+        let pieces =
+            copied.map_or_else(|| in_place(&x, &s, kv), |keys| vec![gathered.piece(keys, heads.dim)]);
         for block in blocks(&s, group, x.scores.window) {
             let (rows, keys) = (block.len * group, block.keys());
             gather(&x, x.q, &s, block, kv, q);
@@ -219,7 +222,15 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
             out.resize(rows * heads.dim, 0.0);
             for (at, piece) in parts(&pieces, block) {
                 let size = (rows, piece.len, heads.dim);
-                matmul_block(&mut p[at..], keys, false, size, Mat::rows(q, heads.dim), piece.kt, x.scores.scale);
+                matmul_block(
+                    &mut p[at..],
+                    keys,
+                    false,
+                    size,
+                    Mat::rows(q, heads.dim),
+                    piece.kt,
+                    x.scores.scale,
+                );
             }
             cap(p, x.scores.softcap);
             let sums = softmax(p, block, group);
@@ -227,26 +238,39 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
                 let size = (rows, heads.dim, piece.len);
                 matmul_block(out, heads.dim, i > 0, size, Mat::rows(&p[at..], keys), piece.v, 1.0);
             }
-            for i in 0..block.len {
-                let token = s.query + block.first + i;
-                for g in 0..group {
-                    let row = i * group + g;
-                    let (sum, lse) = sums[row];
-                    let from = &out[row * heads.dim..(row + 1) * heads.dim];
-                    let at = x.of_query(token, kv).start + g * heads.dim;
-                    // SAFETY: queries of different segments and the features of different heads are disjoint, so no
-                    // other task writes these elements.
-                    unsafe {
-                        for (j, &value) in from.iter().enumerate() {
-                            *out_ptr.get().add(at + j) = value / sum;
-                        }
-                        *lse_ptr.get().add(x.of_lse(token, kv).start + g) = lse;
-                    }
-                }
-            }
+            // SAFETY: queries of different segments and the features of different heads are disjoint, so no other
+            // task writes these elements.
+            unsafe { write_rows(&x, &s, block, kv, out, &sums, [out_ptr, lse_ptr]) };
         }
     });
     (out, lse)
+}
+
+/// Divides the rows of a block's output by their sums, and puts them where they belong; the log-sum-exps as well.
+///
+/// # Safety
+/// No other thread may touch the rows of this block within the features of this key head's queries.
+unsafe fn write_rows(
+    x: &Operands,
+    s: &Segment,
+    block: Block,
+    kv: usize,
+    rows: &[f32],
+    sums: &[(f32, f32)],
+    [out, lse]: [Shared; 2],
+) {
+    let (group, dim) = (x.group(), x.heads.dim);
+    for (row, (from, &(sum, of_row))) in rows.chunks_exact(dim).zip(sums).enumerate() {
+        let (token, head) = (s.query + block.first + row / group, row % group);
+        let at = x.of_query(token, kv).start + head * dim;
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (j, &value) in from.iter().enumerate() {
+                *out.get().add(at + j) = value / sum;
+            }
+            *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
+        }
+    }
 }
 
 impl Shared {
@@ -319,36 +343,37 @@ unsafe fn segment_backward(
 ) -> [Vec<f32>; 2] {
     let (group, dim) = (x.group(), x.heads.dim);
     let Buffers { gathered, p, ds, q, out: o, grad: g } = buffers;
-    let keys_of_all = gathered.fill(x, s, kv);
-    let pieces = [gathered.piece(keys_of_all, dim)];
-    let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; keys_of_all * dim]);
+    let all = gathered.fill(x, s, kv);
+    let piece = gathered.piece(all, dim);
+    let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; all * dim]);
     for block in blocks(s, group, x.scores.window) {
         let (rows, keys) = (block.len * group, block.keys());
         let first = s.query + block.first;
         gather(x, x.q, s, block, kv, q);
         gather(x, grad, s, block, kv, g);
         gather(x, out, s, block, kv, o);
-        [&mut *p, &mut *ds].map(|buffer| buffer.resize(rows * keys, 0.0));
+        p.resize(rows * keys, 0.0);
+        ds.resize(rows * keys, 0.0);
         let (q, g) = (Mat::rows(q, dim), Mat::rows(g, dim));
-        for (_, piece) in parts(&pieces, block) {
-            matmul_block(p, keys, false, (rows, keys, dim), q, piece.kt, x.scores.scale);
-            cap(p, x.scores.softcap);
-            matmul_block(ds, keys, false, (rows, keys, dim), g, piece.vt, 1.0);
-            let tokens = first..first + block.len;
-            let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
-            score_gradients(x, block, g, o, &shifts, p, ds);
-            let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
-            let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
-            matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
-            matmul_block(dk, dim, true, (keys, dim, rows), ds.t(), q, 1.0);
-            o.resize(rows * dim, 0.0);
-            matmul_block(o, dim, false, (rows, dim, keys), ds, piece.k, 1.0);
-            for (i, token) in tokens.enumerate() {
-                let from = &o[i * group * dim..(i + 1) * group * dim];
-                let to = x.of_query(token, kv).start;
-                // SAFETY: the caller's promise.
-                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dq.get().add(to), from.len()) };
-            }
+        let k = piece.k.skip_rows(block.start);
+        let [kt, vt] = [piece.kt, piece.vt].map(|all| all.skip_cols(block.start));
+        matmul_block(p, keys, false, (rows, keys, dim), q, kt, x.scores.scale);
+        cap(p, x.scores.softcap);
+        matmul_block(ds, keys, false, (rows, keys, dim), g, vt, 1.0);
+        let tokens = first..first + block.len;
+        let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
+        score_gradients(x, block, g, o, &shifts, p, ds);
+        let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
+        let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
+        matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
+        matmul_block(dk, dim, true, (keys, dim, rows), ds.t(), q, 1.0);
+        o.resize(rows * dim, 0.0);
+        matmul_block(o, dim, false, (rows, dim, keys), ds, k, 1.0);
+        for (i, token) in tokens.enumerate() {
+            let from = &o[i * group * dim..(i + 1) * group * dim];
+            let to = x.of_query(token, kv).start;
+            // SAFETY: the caller's promise.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dq.get().add(to), from.len()) };
         }
     }
     [dk, dv]
@@ -356,7 +381,15 @@ unsafe fn segment_backward(
 
 /// Turns scores into probabilities (`p`) and `dp` into the gradient of the unscaled scores; `grad` and `out` are of
 /// the block's rows, `lse` as well.
-fn score_gradients(x: &Operands, block: Block, grad: Mat, out: &[f32], lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
+fn score_gradients(
+    x: &Operands,
+    block: Block,
+    grad: Mat,
+    out: &[f32],
+    lse: &[f32],
+    p: &mut [f32],
+    dp: &mut [f32],
+) {
     let (keys, dim, group) = (block.keys(), x.heads.dim, x.group());
     let Scores { scale, softcap, .. } = x.scores;
     for (row, &shift) in lse.iter().enumerate() {

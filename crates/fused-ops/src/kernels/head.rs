@@ -114,7 +114,11 @@ pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of
             );
         });
     }
-    let mut out = Forward { logps: Vec::with_capacity(n), stats: Vec::with_capacity(4 * n), lse: Vec::with_capacity(n) };
+    let mut out = Forward {
+        logps: Vec::with_capacity(n),
+        stats: Vec::with_capacity(4 * n),
+        lse: Vec::with_capacity(n),
+    };
     for (logp, lse, stats) in rows.iter().map(|row| row.finish(vocab)) {
         out.logps.push(logp);
         out.lse.push(lse);

@@ -66,8 +66,12 @@ pub fn softcap_slope(value: f32, cap: f32) -> f32 {
 type Lanes = [f32; LANES];
 
 #[inline(always)]
-fn each(a: Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
-    std::array::from_fn(|i| f(a[i], b[i]))
+fn each(mut a: Lanes, b: &Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    // Not `array::from_fn`, which is not inlined and so compiled for any processor.
+    for i in 0..LANES {
+        a[i] = f(a[i], b[i]);
+    }
+    a
 }
 
 /// Sum of `f(x)` in fixed lanes: the same result whatever the instruction set.

@@ -145,7 +145,12 @@ impl FusedOps for LibTorch {
         let hidden = hidden.tensor;
         let kind = hidden.kind();
         if kind == Kind::Float {
-            return float_head_backward([grad.tensor, hidden, w.tensor, lse.tensor], &targets, logits, of_weight);
+            return float_head_backward(
+                [grad.tensor, hidden, w.tensor, lse.tensor],
+                &targets,
+                logits,
+                of_weight,
+            );
         }
         let (n, vocab, dim) = (targets.len(), w.tensor.size()[0], w.tensor.size()[1]);
         let (grad, lse) = (grad.tensor.contiguous(), lse.tensor.contiguous());
@@ -181,7 +186,12 @@ impl FusedOps for LibTorch {
 }
 
 /// The head's gradients in `f32`, by this crate's products.
-fn float_head_backward(inputs: [Tensor; 4], targets: &[u32], logits: Logits, of_weight: bool) -> Two<LibTorch> {
+fn float_head_backward(
+    inputs: [Tensor; 4],
+    targets: &[u32],
+    logits: Logits,
+    of_weight: bool,
+) -> Two<LibTorch> {
     let [grad, hidden, w, lse] = inputs.map(|x| x.to_kind(Kind::Float).contiguous());
     let [n, vocab, dim] = [hidden.size()[0], w.size()[0], w.size()[1]];
     let (dh, dw) = lm_head::backward(
