@@ -52,16 +52,11 @@ impl Build {
         Ok(build)
     }
 
-    /// For the backend that arguments of `train`, `sample` or `eval` name, or the environment does.
+    /// For the backend that arguments of `train`, `sample` or `eval` name, or their recipe, or the environment does.
     pub fn for_arguments(args: &[String]) -> Result<Self> {
-        let mut named = env::var("CLAIR_BACKEND").ok();
-        for (i, arg) in args.iter().enumerate() {
-            match arg.strip_prefix("--backend") {
-                Some("") => named = args.get(i + 1).cloned().or(named),
-                Some(value) if value.starts_with('=') => named = Some(value[1..].to_string()),
-                _ => {}
-            }
-        }
+        let named = flag(args, "--backend")
+            .or_else(|| in_recipe(&flag(args, "--config")?))
+            .or_else(|| env::var("CLAIR_BACKEND").ok());
         match named.as_deref() {
             // What is no backend the binary itself refuses, with the others' names.
             Some(name) if NAMES.contains(&name) => Self::of(&[name]),
@@ -76,5 +71,41 @@ impl Build {
             all.extend(self.features.iter().map(|feature| format!("{package}/{feature}")));
         }
         if all.is_empty() { Vec::new() } else { vec!["--features".into(), all.join(",")] }
+    }
+}
+
+/// Value of a flag, the last one given.
+fn flag(args: &[String], name: &str) -> Option<String> {
+    let value = |(i, arg): (usize, &String)| match arg.strip_prefix(name) {
+        Some("") => args.get(i + 1).cloned(),
+        Some(value) => value.strip_prefix('=').map(String::from),
+        None => None,
+    };
+    args.iter().enumerate().filter_map(value).next_back()
+}
+
+/// The backend that a recipe names. Only which binary to build depends on it: the binary reads the recipe itself.
+fn in_recipe(path: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix("backend:"))?;
+    let value = value.split('#').next().unwrap_or_default();
+    Some(value.trim().trim_matches(['"', '\'']).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_flag_counts_and_a_recipe_may_name_a_backend() {
+        let args: Vec<String> = ["--backend", "wgpu", "--x", "--backend=tch"].map(String::from).to_vec();
+        assert_eq!(flag(&args, "--backend").as_deref(), Some("tch"));
+        assert_eq!(flag(&args[..2], "--config"), None);
+        let path = env::temp_dir().join(format!("recipe-{}.yaml", std::process::id()));
+        for (text, want) in [("a: 1\nbackend: 'tch' # fast\n", Some("tch")), ("x:\n  backend: tch\n", None)] {
+            std::fs::write(&path, text).ok();
+            assert_eq!(in_recipe(&path.display().to_string()).as_deref(), want);
+        }
+        std::fs::remove_file(&path).ok();
     }
 }

@@ -33,7 +33,7 @@ train, sample and eval take --backend flex|tch|cuda|wgpu|cubecl-cuda, which is b
 
 cargo xtask new-model --help          an untrained model directory
 cargo xtask demo-model                makes datasets/demo/model again
-cargo xtask bench head                GFLOP/s of the parts of a training step
+cargo xtask bench ops [NAME]          each operation beside the plain composition and the machine's limits
 cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--runs N] [--max-length N]
                         [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]
 cargo xtask bench train --shape NAME [--vocab N] --row-tokens N[,N …] …    a model and pairs made on the spot

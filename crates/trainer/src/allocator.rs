@@ -30,9 +30,9 @@ unsafe impl GlobalAlloc for Allocator {
         // SAFETY: the caller's promise.
         unsafe {
             if layout.size() < LARGE {
-                MiMalloc.dealloc(block, layout)
+                MiMalloc.dealloc(block, layout);
             } else {
-                System.dealloc(block, layout)
+                System.dealloc(block, layout);
             }
         }
     }

@@ -10,8 +10,8 @@ use crate::settings::Settings;
 /// The program, its tokenizer, the data's index and what the allocator cannot fill.
 const PROGRAM: usize = 160 << 20;
 
-/// Logits that the head holds at a time.
-const LOGITS: usize = 64 << 20;
+/// Logits that the head holds at a time: with this program's kernels, and on other devices.
+const LOGITS: [usize; 2] = [8 << 20, 64 << 20];
 
 /// Part of what it can hold that a run takes when it is given no limit.
 const SHARE: f64 = 0.92;
@@ -47,6 +47,8 @@ struct Cost {
     input: usize,
     /// Temporaries of one block's backward pass, for one token.
     temporary: usize,
+    /// Logits that are there at a time.
+    logits: usize,
     /// Gradient of the head, while the activations are there.
     head: usize,
     /// Gradients are held from one micro-batch to the next.
@@ -71,6 +73,7 @@ impl Cost {
             block: 4 * stream + width * (products + if width < 4 { cast } else { 0 }),
             input: 4 * config.hidden,
             temporary: width * temporary,
+            logits: LOGITS[usize::from(width < 4 || !settings.backend.is_on_host())],
             head: if trained { table } else { 0 },
             accumulates: settings.accumulation > 1,
             fixed,
@@ -88,7 +91,7 @@ impl Cost {
     }
 
     fn peak(&self, tokens: usize, again: usize) -> usize {
-        let temporary = (tokens * self.temporary).max(LOGITS);
+        let temporary = (tokens * self.temporary).max(self.logits);
         let full = self.activations(tokens, again) + self.head + temporary;
         let before = if self.accumulates { self.gradients } else { 0 };
         let last =

@@ -263,6 +263,37 @@ fn blocks_computed_again_give_the_same_run_to_the_bit() {
             trained(dir.path(), &format!("{flags} {more} --overwrite-output-dir"));
             log(dir.path(), "train_log.jsonl")
         };
-        assert_eq!(run(""), run("--gradient-checkpointing"), "{flags}");
+        let kept = run("");
+        let plan = info(dir.path())["memory_plan"].clone();
+        assert_eq!(plan["recomputed_blocks"], 0);
+        assert_eq!(kept, run("--gradient-checkpointing"), "{flags}");
+        // One byte too little for keeping all.
+        let limit = plan["peak"].as_u64().unwrap() - 1;
+        assert_eq!(kept, run(&format!("--memory-limit {limit}B")), "{flags}");
+        let plan = info(dir.path())["memory_plan"].clone();
+        assert!(plan["recomputed_blocks"].as_u64().unwrap() > 0 && plan["peak"].as_u64().unwrap() <= limit);
     }
+    let said =
+        String::from_utf8(train(dir.path(), "--memory-limit 1MB --overwrite-output-dir").stderr).unwrap();
+    assert!(said.contains("WARNING: --memory-limit is 0.00 GiB"), "{said}");
+    let both = train(dir.path(), "--memory-limit 1GB --gradient-checkpointing --overwrite-output-dir");
+    assert_eq!(both.status.code(), Some(2));
+}
+
+#[test]
+fn a_profile_says_where_the_time_went() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = train(dir.path(), "--profile trace.json");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let time = |name: &str| {
+        let line =
+            said.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}: {said}"));
+        line.split_whitespace().rev().nth(1).unwrap().parse::<f64>().unwrap()
+    };
+    assert!(
+        ["Linear ", "Linear backward", "Attention", "Head", "optimizer"].iter().all(|name| time(name) > 0.0),
+        "{said}"
+    );
+    let trace: Value = serde_json::from_slice(&fs::read(dir.path().join("trace.json")).unwrap()).unwrap();
+    assert!(trace.as_array().unwrap().len() > 100);
 }

@@ -10,19 +10,18 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::cargo;
 
-/// `bench data|head|train`.
+/// `bench data|ops|train`.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     match args.split_first() {
-        Some((what, [])) if what == "head" => {
-            let example =
-                ["run", "--release", "--quiet", "--package", "fused-ops", "--example", "throughput"];
-            let status = cargo(&example).status().context("cannot run cargo")?;
+        Some((what, rest)) if what == "ops" => {
+            let mut command = cargo(&["bench", "--workspace", "--bench", "ops"]);
+            let status = command.arg("--").args(rest).status().context("cannot run cargo")?;
             Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Some((what, rest)) if what == "train" => train::run(rest),
         Some((what, rest)) if what == "data" => data::run(rest),
         _ => bail!(
-            "usage: cargo xtask bench head\n\
+            "usage: cargo xtask bench ops [NAME]\n\
              cargo xtask bench train (--model DIR | --shape NAME [--vocab N]) (--dataset PATH [--max-length N] | --row-tokens N[,N …])\n\
              \x20   [--steps N] [--pairs N] [--runs N] [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]\n\
              cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]"

@@ -96,7 +96,7 @@ impl Options {
             }
             _ => {}
         }
-        if self.dataset.is_some() == !self.row_tokens.is_empty() {
+        if self.dataset.is_some() != self.row_tokens.is_empty() {
             bail!("give --dataset PATH, or --row-tokens N[,N …] for pairs made on the spot");
         }
         if self.vocab.is_some() && self.shape.is_none() {

@@ -1,0 +1,185 @@
+//! Each operation, forward and backward, beside the plain composition of Burn operations, at the shapes of
+//! SmolLM2-135M: `cargo xtask bench ops [NAME]`. Throughput is in floating-point operations for products and in bytes
+//! read and written for the others, to be held against the machine's limits (`product` and `copy`).
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../tests/plain/mod.rs"]
+// Not all of it is measured.
+#[allow(dead_code)]
+mod plain;
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use backend::under_test;
+use burn::tensor::{Distribution, Tensor};
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segments};
+
+const TOKENS: usize = 2048;
+const HIDDEN: usize = 576;
+const INNER: usize = 1536;
+const VOCAB: usize = 49_152;
+
+fn random(rows: usize, cols: usize) -> Tensor<2> {
+    Tensor::random([rows, cols], Distribution::Normal(0.0, 1.0), &under_test().device)
+}
+
+/// Waits for the device.
+fn finish(tensor: Tensor<2>) {
+    black_box(tensor.slice([0..1, 0..1]).into_data());
+}
+
+/// Forward and backward pass of `op`, whose inputs all have gradients.
+fn pass(inputs: &[Tensor<2>], op: &impl Fn(&[Tensor<2>]) -> Tensor<2>) {
+    let leaves: Vec<Tensor<2>> = inputs.iter().map(|x| x.clone().autodiff().require_grad()).collect();
+    let gradients = op(&leaves).sum().backward();
+    finish(leaves[0].grad(&gradients).unwrap());
+}
+
+/// One operation, fused and plain.
+fn compare(
+    c: &mut Criterion,
+    name: &str,
+    work: Throughput,
+    inputs: &[Tensor<2>],
+    fused: impl Fn(&[Tensor<2>]) -> Tensor<2>,
+    plain: impl Fn(&[Tensor<2>]) -> Tensor<2>,
+) {
+    let mut group: BenchmarkGroup<'_, _> = c.benchmark_group(name);
+    group.sample_size(10).throughput(work);
+    group.bench_function("fused", |b| b.iter(|| pass(inputs, &fused)));
+    group.bench_function("plain", |b| b.iter(|| pass(inputs, &plain)));
+    group.finish();
+}
+
+/// Bytes of so many values read or written.
+fn values(count: usize) -> Throughput {
+    Throughput::Bytes(4 * count as u64)
+}
+
+fn limits(c: &mut Criterion) {
+    let (a, b) = (random(2048, 2048), random(2048, 2048));
+    let mut group = c.benchmark_group("limit");
+    group.sample_size(10).throughput(Throughput::Elements(2 * 2048_u64.pow(3)));
+    group.bench_function("product", |bencher| {
+        bencher.iter(|| finish(fused_ops::linear(a.clone(), b.clone())));
+    });
+    let large = random(8192, 4096);
+    group.throughput(values(2 * 8192 * 4096));
+    group.bench_function("copy", |bencher| bencher.iter(|| finish(large.clone() + 1.0)));
+    group.finish();
+}
+
+fn products(c: &mut Criterion) {
+    let work = Throughput::Elements(6 * (TOKENS * HIDDEN * INNER) as u64);
+    compare(
+        c,
+        "linear",
+        work,
+        &[random(TOKENS, HIDDEN), random(INNER, HIDDEN)],
+        |i| fused_ops::linear(i[0].clone(), i[1].clone()),
+        |i| plain::linear(i[0].clone(), i[1].clone()),
+    );
+    let rows = 512;
+    let targets = Arc::new((0..rows as u32).collect::<Vec<_>>());
+    let flat = |out: fused_ops::HeadOutput| out.logps.reshape([rows, 1]);
+    compare(
+        c,
+        "head",
+        Throughput::Elements(6 * (rows * HIDDEN * VOCAB) as u64),
+        &[random(rows, HIDDEN), random(VOCAB, HIDDEN)],
+        |i| flat(fused_ops::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
+        |i| flat(plain::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
+    );
+}
+
+fn attention(c: &mut Criterion) {
+    let heads = Heads { query: 9, kv: 3, dim: 64 };
+    let mut segments = Segments::default();
+    segments.push_row(0, 324, &[350, 350]);
+    segments.push_row(1024, 324, &[350, 350]);
+    let segments = Arc::new(segments);
+    // A causal half of each square, and the tails' view of the shared part.
+    let pairs = 2 * (324 * 324 / 2 + 2 * (350 * 324 + 350 * 350 / 2));
+    compare(
+        c,
+        "attention",
+        Throughput::Elements(12 * (HIDDEN * pairs) as u64),
+        &[random(TOKENS, 576), random(TOKENS, 192), random(TOKENS, 192)],
+        |i| {
+            let [q, k, v] = [0, 1, 2].map(|n| i[n].clone());
+            fused_ops::attention(q, k, v, &segments, heads, Scores::scaled(0.125))
+        },
+        |i| {
+            let [q, k, v] = [0, 1, 2].map(|n| i[n].clone());
+            plain::attention(q, k, v, &segments, heads, Scores::scaled(0.125))
+        },
+    );
+}
+
+fn elementwise(c: &mut Criterion) {
+    let (x, inner) = (random(TOKENS, HIDDEN), random(TOKENS, INNER));
+    compare(
+        c,
+        "rms_norm",
+        values(5 * TOKENS * HIDDEN),
+        &[x.clone(), random(1, HIDDEN)],
+        |i| fused_ops::rms_norm(i[0].clone(), i[1].clone(), 1e-5),
+        |i| plain::rms_norm(i[0].clone(), i[1].clone(), 1e-5),
+    );
+    compare(
+        c,
+        "swiglu",
+        values(8 * TOKENS * INNER),
+        &[inner.clone(), inner],
+        |i| fused_ops::gated(i[0].clone(), i[1].clone(), Activation::Silu),
+        |i| plain::gated(i[0].clone(), i[1].clone(), Activation::Silu),
+    );
+    let angles = |f: fn(f32) -> f32| (0..TOKENS * 32).map(|i| f(i as f32 * 1e-3)).collect::<Arc<[f32]>>();
+    let table = Rotary { cos: angles(f32::cos), sin: angles(f32::sin), half: 32, dim: 64 };
+    compare(
+        c,
+        "rotary",
+        values(4 * TOKENS * HIDDEN),
+        &[x],
+        |i| fused_ops::rotary(i[0].clone(), &table),
+        |i| plain::rotary(i[0].clone(), &table),
+    );
+}
+
+/// Parameters, both moments and gradients: seven values moved for each.
+fn adamw(c: &mut Criterion) {
+    let (rows, cols) = (INNER, 4 * HIDDEN);
+    let gradient = random(rows, cols);
+    let adamw = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3 };
+    let mut group = c.benchmark_group("adamw");
+    group.sample_size(20).throughput(values(7 * rows * cols));
+    let mut value = random(rows, cols);
+    let mut moments = Moments::zeros(&value);
+    group.bench_function("fused", |b| {
+        b.iter(|| {
+            let (old, kept) = (value.clone(), moments.clone());
+            // Without other owners, so that it is updated in place.
+            value = Tensor::zeros([1, 1], &under_test().device);
+            moments = Moments::zeros(&value);
+            let parameter =
+                Parameter { value: old, gradient: gradient.clone(), moments: kept, weight_decay: 0.0 };
+            let (new, kept) = adamw.update(vec![parameter], None).remove(0);
+            (value, moments) = (new, kept);
+        });
+    });
+    let (mut p, mut m, mut v) = (random(rows, cols), gradient.clone(), gradient.clone().square());
+    group.bench_function("plain", |b| {
+        b.iter(|| {
+            m = m.clone() * 0.9 + gradient.clone() * 0.1;
+            v = v.clone() * 0.999 + gradient.clone().square() * 0.001;
+            p = p.clone() - m.clone() / (v.clone().sqrt() + 1e-8) * 1e-4;
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(ops, limits, products, attention, elementwise, adamw);
+criterion_main!(ops);
