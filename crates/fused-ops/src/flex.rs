@@ -193,7 +193,7 @@ impl FusedOps for Flex {
         q: FlexTensor,
         k: FlexTensor,
         v: FlexTensor,
-        out: FlexTensor,
+        _: FlexTensor,
         lse: FlexTensor,
         segments: Arc<Segments>,
         heads: Heads,
@@ -201,7 +201,7 @@ impl FusedOps for Flex {
     ) -> Three<Self> {
         let (grad, q, k, v) = (flat(&grad), flat(&q), flat(&k), flat(&v));
         let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
-        let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), out.storage(), lse.storage());
+        let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), lse.storage());
         (like(dq, &q), like(dk, &k), like(dv, &v))
     }
 

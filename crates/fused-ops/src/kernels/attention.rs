@@ -10,9 +10,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::head::dot;
 use super::matrix::{Mat, Shared, matmul_block};
-use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, wide};
+use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, weighted_sums, wide};
 use crate::{Heads, Scores, Segment, Segments};
 
 /// Rows of a block, of all query heads that share a key head: its scores stay in the second-level cache.
@@ -300,7 +299,7 @@ fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
 }
 
 /// Gradients with respect to `q`, `k` and `v`, given that of the output.
-pub fn backward(x: Operands, segments: &Segments, grad: &[f32], out: &[f32], lse: &[f32]) -> [Vec<f32>; 3] {
+pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> [Vec<f32>; 3] {
     let mut dq = vec![0.0; x.q.len()];
     let dq_ptr = Shared(dq.as_mut_ptr());
     let tasks: Vec<(Segment, usize)> =
@@ -309,7 +308,7 @@ pub fn backward(x: Operands, segments: &Segments, grad: &[f32], out: &[f32], lse
         .par_iter()
         .map_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
             // SAFETY: queries of different segments and the features of different heads are disjoint.
-            unsafe { segment_backward(&x, s, *kv, [grad, out, lse], buffers, dq_ptr) }
+            unsafe { segment_backward(&x, s, *kv, [grad, lse], buffers, dq_ptr) }
         })
         .collect();
     let mut sums = [vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
@@ -337,7 +336,7 @@ unsafe fn segment_backward(
     x: &Operands,
     s: &Segment,
     kv: usize,
-    [grad, out, lse]: [&[f32]; 3],
+    [grad, lse]: [&[f32]; 2],
     buffers: &mut Buffers,
     dq: Shared,
 ) -> [Vec<f32>; 2] {
@@ -351,7 +350,6 @@ unsafe fn segment_backward(
         let first = s.query + block.first;
         gather(x, x.q, s, block, kv, q);
         gather(x, grad, s, block, kv, g);
-        gather(x, out, s, block, kv, o);
         p.resize(rows * keys, 0.0);
         ds.resize(rows * keys, 0.0);
         let (q, g) = (Mat::rows(q, dim), Mat::rows(g, dim));
@@ -362,7 +360,7 @@ unsafe fn segment_backward(
         matmul_block(ds, keys, false, (rows, keys, dim), g, vt, 1.0);
         let tokens = first..first + block.len;
         let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
-        score_gradients(x, block, g, o, &shifts, p, ds);
+        score_gradients(x, block, &shifts, p, ds);
         let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
         let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
         matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
@@ -379,30 +377,25 @@ unsafe fn segment_backward(
     [dk, dv]
 }
 
-/// Turns scores into probabilities (`p`) and `dp` into the gradient of the unscaled scores; `grad` and `out` are of
-/// the block's rows, `lse` as well.
-fn score_gradients(
-    x: &Operands,
-    block: Block,
-    grad: Mat,
-    out: &[f32],
-    lse: &[f32],
-    p: &mut [f32],
-    dp: &mut [f32],
-) {
-    let (keys, dim, group) = (block.keys(), x.heads.dim, x.group());
+/// Turns scores into probabilities (`p`) and `dp`, their gradient, into that of the unscaled scores; `lse` is of the
+/// block's rows. What a row's gradients have in common is taken from these same numbers, and not from the output: so
+/// they add up to 0 as they should, to within the rounding of one sum.
+fn score_gradients(x: &Operands, block: Block, lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
+    let (keys, group) = (block.keys(), x.group());
     let Scores { scale, softcap, .. } = x.scores;
     for (row, &shift) in lse.iter().enumerate() {
-        let delta = dot(grad.row(row, dim), &out[row * dim..(row + 1) * dim]);
         let Range { start, end } = block.visible(row / group);
         let (p, dp) = (&mut p[row * keys..(row + 1) * keys], &mut dp[row * keys..(row + 1) * keys]);
         wide(
             #[inline(always)]
             || {
-                for (p, dp) in p[start..end].iter_mut().zip(&mut dp[start..end]) {
+                let (seen, d) = (&mut p[start..end], &mut dp[start..end]);
+                let (sum, weighted) = weighted_sums(seen, d, |s| exp(s - shift));
+                let delta = weighted / sum;
+                for (p, d) in seen.iter_mut().zip(d.iter_mut()) {
                     let slope = softcap.map_or(1.0, |cap| softcap_slope(*p, cap));
                     *p = exp(*p - shift);
-                    *dp = *p * (*dp - delta) * scale * slope;
+                    *d = *p * (*d - delta) * scale * slope;
                 }
                 for hidden in [0..start, end..keys] {
                     p[hidden.clone()].fill(0.0);

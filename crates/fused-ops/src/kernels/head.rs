@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::matrix::{Mat, matmul};
-use super::simd::{exp, max, softcap, softcap_slope, sum_by, sum_by2, sums_by, wide};
+use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
 /// Logits held at a time (8 MiB), the one large temporary of the head.
@@ -205,12 +205,4 @@ fn row_gradient(z: &mut [f32], target: Option<usize>, lse: f32, g: f32, logits: 
     if let Some(target) = target {
         z[target] += g * of_target;
     }
-}
-
-/// Dot product, for callers that need one row of a product.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    wide(
-        #[inline(always)]
-        || sum_by2(a, b, |a, b| a * b),
-    )
 }

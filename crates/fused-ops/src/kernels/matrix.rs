@@ -42,12 +42,6 @@ impl<'a> Mat<'a> {
         Self { data: &self.data[n * self.col..], ..self }
     }
 
-    /// One row of `len` columns, which follow each other.
-    pub fn row(self, row: usize, len: usize) -> &'a [f32] {
-        assert_eq!(self.col, 1, "a row of a transpose is not a slice");
-        &self.data[row * self.row..row * self.row + len]
-    }
-
     fn holds(self, rows: usize, cols: usize) -> bool {
         rows == 0 || cols == 0 || (rows - 1) * self.row + (cols - 1) * self.col < self.data.len()
     }

@@ -121,6 +121,27 @@ pub fn sum_by2(xs: &[f32], ys: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
+/// Sum of `f(x)` and of `f(x) · y` over two slices of one length, in fixed lanes.
+#[inline(always)]
+pub fn weighted_sums(xs: &[f32], ys: &[f32], f: impl Fn(f32) -> f32) -> (f32, f32) {
+    let (mut sums, mut weighted) = ([0.0; LANES], [0.0; LANES]);
+    let ((a, rest_a), (b, rest_b)) = (xs.as_chunks::<LANES>(), ys.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        let mut values = *a;
+        for value in &mut values {
+            *value = f(*value);
+        }
+        sums = each(sums, &values, |sum, value| sum + value);
+        weighted = each(weighted, &each(values, b, |x, y| x * y), |sum, value| sum + value);
+    }
+    for (i, (&x, &y)) in rest_a.iter().zip(rest_b).enumerate() {
+        let value = f(x);
+        sums[i] += value;
+        weighted[i] += value * y;
+    }
+    (fold(sums, |a, b| a + b), fold(weighted, |a, b| a + b))
+}
+
 /// Largest element; negative infinity for an empty slice. NaNs are ignored.
 #[inline(always)]
 pub fn max(xs: &[f32]) -> f32 {
@@ -179,6 +200,9 @@ mod tests {
         let want: f32 = xs.iter().sum();
         assert!((sum_by(&xs, |x| x) - want).abs() < 1e-2);
         assert!((sum_by2(&xs, &xs, |a, b| a - b)).abs() < 1e-6);
+        let (sum, squares) = weighted_sums(&xs, &xs, |x| x);
+        let want_squares: f32 = xs.iter().map(|x| x * x).sum();
+        assert!((sum - want).abs() < 1e-2 && (squares - want_squares).abs() < 0.1);
         assert_eq!(max(&[]), f32::NEG_INFINITY);
     }
 }
