@@ -62,6 +62,7 @@ impl Backend {
             #[cfg(feature = "tch")]
             Self::Tch => {
                 self.only_one(index)?;
+                fused_ops::libtorch::prepare();
                 Ok(opened(fused_ops::libtorch::cpu(), "LibTorch 2.9 (CPU)".into()))
             }
             #[cfg(feature = "tch")]
@@ -73,6 +74,7 @@ impl Backend {
                     return Err(Error::Unusable { backend: self, reason: reason.into() });
                 }
                 self.in_range(index, count)?;
+                fused_ops::libtorch::prepare();
                 let device = fused_ops::libtorch::cuda(index);
                 Ok(opened(device, format!("LibTorch 2.9 (CUDA device {index})")))
             }

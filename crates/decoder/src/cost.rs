@@ -2,7 +2,8 @@
 
 use fused_ops::Segment;
 
-use crate::layout::Role;
+use crate::layout::{Qkv, Role};
+use crate::lora::Lora;
 use crate::{Batch, Config, Decoder, Mlp, Weight};
 
 /// Values of one block for one token.
@@ -21,9 +22,27 @@ pub struct Footprint {
 /// Features inside the feed-forward network that are kept.
 fn inner(config: &Config) -> usize {
     match config.mlp {
-        Mlp::Gated(_) => 2 * config.intermediate,
-        Mlp::Plain(_) | Mlp::Relu => config.intermediate,
+        // Burn's own ReLU: its input is kept as well as what it returns.
+        Mlp::Gated(_) | Mlp::Relu => 2 * config.intermediate,
+        Mlp::Plain(_) => config.intermediate,
     }
+}
+
+/// What all adapters together keep for one token.
+fn adapter_values(lora: &Lora) -> usize {
+    let (mut inputs, mut outputs, mut between) = (0, 0, 0);
+    for weight in lora.weights() {
+        match *weight.shape.as_slice() {
+            [rank, features] if weight.name.contains(".lora_A.") => {
+                (inputs, between) = (inputs + features, between + rank);
+            }
+            [features, _] => outputs += features,
+            _ => {}
+        }
+    }
+    // Dropout keeps its mask and what it lets through; a magnitude keeps what it scales.
+    let dropped = if lora.settings().dropout > 0.0 { 2 * inputs } else { 0 };
+    between + dropped + if lora.settings().dora { outputs } else { 0 }
 }
 
 /// Pairs of a query and a key that it sees.
@@ -41,10 +60,12 @@ impl Decoder {
         let block = &self.structure().blocks[0];
         let norms = [block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm];
         let of_heads = if block.qk_norm.is_some() { query + kv } else { 0 };
-        let adapters = self.lora().map_or(0, |lora| lora.weights().len() / 2 * lora.settings().rank);
+        // Views of the one product keep all of it.
+        let fused = if matches!(block.qkv, Qkv::Fused(_)) { query + kv } else { 0 };
+        let adapters = self.lora().map_or(0, adapter_values) / config.layers.len();
         Footprint {
             stream: norms.iter().flatten().count() * config.hidden + heads.query,
-            products: of_heads + 2 * (query + kv) + inner(config) + adapters / config.layers.len(),
+            products: of_heads + fused + 2 * (query + kv) + inner(config) + adapters,
             cast: 2 * config.hidden,
             temporary: inner(config) + 3 * config.intermediate + 3 * config.hidden,
         }

@@ -168,6 +168,7 @@ fn adamw(c: &mut Criterion) {
                 Parameter { value: old, gradient: gradient.clone(), moments: kept, weight_decay: 0.0 };
             let (new, kept) = adamw.update(vec![parameter], None).remove(0);
             (value, moments) = (new, kept);
+            finish(value.clone());
         });
     });
     let (mut p, mut m, mut v) = (random(rows, cols), gradient.clone(), gradient.clone().square());
@@ -175,7 +176,8 @@ fn adamw(c: &mut Criterion) {
         b.iter(|| {
             m = m.clone() * 0.9 + gradient.clone() * 0.1;
             v = v.clone() * 0.999 + gradient.clone().square() * 0.001;
-            p = p.clone() - m.clone() / (v.clone().sqrt() + 1e-8) * 1e-4;
+            p = p.clone() * (1.0 - 1e-6) - m.clone() / (v.clone().sqrt() / 0.05 + 1e-8) * 1e-4;
+            finish(p.clone());
         });
     });
     group.finish();

@@ -91,6 +91,7 @@ impl<B: FusedOps, const N: usize> std::fmt::Debug for Again<B, N> {
 
 impl<B: FusedOps, const N: usize> RetroForward for Again<B, N> {
     fn forward(&self, states: &mut BackwardStates, node: NodeId) {
+        let _span = trace_span!("computed again").entered();
         let inputs = self.inputs.map(|id| states.get_state::<FloatTensor<B>>(&id));
         states.save(node, (self.compute)(inputs));
     }

@@ -276,8 +276,8 @@ pub fn attention(
     dispatch(out)
 }
 
-/// Language-model head: log-probability of one target a row, in chunks of rows, so that the
-/// `[n, vocab]` logits are never held. The backward pass computes each chunk again.
+/// Language-model head: log-probability of one target a row, in parts of the rows or of the vocabulary, so that the
+/// `[n, vocab]` logits are never held. The backward pass computes each part again.
 ///
 /// # Shapes
 /// - `hidden`: `[n, features]`, `w`: `[vocab, features]`, `targets`: `n` ids below `vocab`.

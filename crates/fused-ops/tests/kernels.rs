@@ -151,6 +151,25 @@ fn packed_attention_matches() {
     }
 }
 
+/// Long segments are taken apart into several tasks.
+#[test]
+fn attention_of_long_rows_matches() {
+    let heads = Heads { query: 2, kv: 1, dim: 8 };
+    let mut segments = Segments::default();
+    segments.push_row(0, 1100, &[1050, 2]);
+    let (segments, n) = (Arc::new(segments), 2152);
+    let (q, k, v) = (random(n, 16), random(n, 8), random(n, 8));
+    for window in [None, Some(1030)] {
+        let scores = Scores { scale: 0.35, softcap: None, window };
+        check(
+            &[q.clone(), k.clone(), v.clone()],
+            2e-5,
+            |i| fused_ops::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
+            |i| plain::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
+        );
+    }
+}
+
 #[test]
 fn attention_over_a_cache_matches() {
     let heads = Heads { query: 4, kv: 4, dim: 8 };

@@ -2,7 +2,7 @@
 //!
 //! Training frees and allocates the same large buffers every step. Given back to the system in between, they come back
 //! as page faults: measured on SmolLM2-135M, 10 to 30 % more time a step. Kept by an allocator that sorts blocks by
-//! size, they leave gaps that the next step's sizes do not fit: 13 % more memory. The C library of GNU systems joins
+//! size, they leave gaps that the next step's sizes do not fit: 13 % more memory. GNU's C library on Linux joins
 //! neighbours that are free and takes the best that fits, so large blocks are left to it.
 
 #![allow(unsafe_code)]
@@ -12,7 +12,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use mimalloc::MiMalloc;
 
 /// Blocks of at least this size are the C library's.
-const LARGE: usize = if cfg!(target_env = "gnu") { 256 << 10 } else { usize::MAX };
+const LARGE: usize = if cfg!(all(target_os = "linux", target_env = "gnu")) { 256 << 10 } else { usize::MAX };
 
 struct Allocator;
 
@@ -65,17 +65,17 @@ unsafe impl GlobalAlloc for Allocator {
 
 /// Keeps freed memory for reuse. Called first thing in `main`.
 pub fn keep_freed_memory() {
-    #[cfg(target_env = "gnu")]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     for (option, value) in [
         // No block is a mapping of its own, which would be given back at once.
         (libc::M_MMAP_MAX, 0),
-        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_TRIM_THRESHOLD, -1),
         (libc::M_TOP_PAD, 64 << 20),
     ] {
         // SAFETY: sets a number of the allocator; a value it does not take is ignored.
         unsafe { libc::mallopt(option, value) };
     }
-    #[cfg(not(target_env = "gnu"))]
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     {
         /// `mi_option_purge_delay` of mimalloc.h: milliseconds until freed memory is given back; -1 is never.
         const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;

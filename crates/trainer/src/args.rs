@@ -186,13 +186,14 @@ pub struct Args {
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
     pub gradient_checkpointing: bool,
     /// Compute as many blocks again as it takes to stay below this, for example 3GB or 2.5GiB, and no more: the same
-    /// numbers to the bit [default: most of the memory that is free at the start].
+    /// numbers to the bit [default: most of what is free at the start, or of a CUDA device's memory].
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<bytesize::ByteSize>,
     /// Log targets; the JSON Lines files are always written.
     #[arg(long, value_enum, num_args = 1.., action = clap::ArgAction::Set, default_value = "jsonl")]
     pub report_to: Vec<Report>,
-    /// Write a trace of where the time goes, in Chrome's format, and print a table of it at the end.
+    /// Write a trace of where the time goes, in Chrome's format, and print a table of it at the end. A few thousand lines
+    /// a step: for short runs.
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
     /// No progress bar.

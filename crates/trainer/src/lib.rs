@@ -14,6 +14,7 @@ pub mod data;
 pub mod data_args;
 mod evaluate;
 mod hints;
+mod host_memory;
 mod inspect;
 mod logs;
 pub mod loss;

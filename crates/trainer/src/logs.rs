@@ -113,9 +113,9 @@ fn event_files(runs: &Path) -> Vec<PathBuf> {
     entries.filter(|path| path.extension().is_some_and(|extension| extension == "trainer")).collect()
 }
 
-/// Deletes what an earlier run wrote into an output directory, and nothing else. One that was stopped before its
-/// first checkpoint (`finished` is false) has written logs alone: a model or tokenizer beside them is somebody else's.
-pub fn clear(dir: &Path, finished: bool) -> Result<()> {
+/// Deletes what an earlier run wrote into an output directory, and nothing else. Unless all of it
+/// is to be overwritten: a run that was stopped before its first checkpoint has written logs alone: a model or tokenizer beside them is somebody else's.
+pub fn clear(dir: &Path, overwrite: bool) -> Result<()> {
     let name =
         |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
     let log = |path: &PathBuf| {
@@ -124,7 +124,7 @@ pub fn clear(dir: &Path, finished: bool) -> Result<()> {
             || name.ends_with(".tmp")
             || !path.is_dir() && path.parent() != Some(dir)
     };
-    for path in ours(dir)?.into_iter().filter(|path| finished || log(path)) {
+    for path in ours(dir)?.into_iter().filter(|path| overwrite || log(path)) {
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.with_context(|| format!("{}: cannot clear the earlier run", path.display()))?;
     }

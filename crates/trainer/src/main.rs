@@ -57,11 +57,13 @@ fn main() -> ExitCode {
 #[allow(clippy::print_stderr)]
 fn profiled(settings: &Settings, inspect: Option<usize>, profile: Option<&Path>) -> anyhow::Result<Outcome> {
     let profile = profile.map(Profile::start).transpose()?;
-    let outcome = run(settings, inspect)?;
-    for line in profile.map(Profile::finish).transpose()?.into_iter().flatten() {
-        eprintln!("{line}");
+    let outcome = run(settings, inspect);
+    // Whatever became of the run, and without changing it.
+    match profile.map(Profile::finish).transpose() {
+        Ok(lines) => lines.into_iter().flatten().for_each(|line| eprintln!("{line}")),
+        Err(error) => eprintln!("WARNING: {error:#}"),
     }
-    Ok(outcome)
+    outcome
 }
 
 /// Before the first step there is nothing to save, and a second Ctrl-C ends the process at once.

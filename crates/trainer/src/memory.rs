@@ -1,7 +1,6 @@
 //! What a run will need at most, and how many blocks are computed again so that it stays within a limit.
 
-use std::fs;
-
+use burn::tensor::DType;
 use decoder::{Decoder, Footprint, Weight};
 use serde::Serialize;
 
@@ -67,6 +66,8 @@ impl Cost {
         let Footprint { stream, products, cast, temporary } = model.footprint();
         let table = 4 * config.vocab * config.hidden;
         let trained = model.lora().is_none();
+        // One that is held in 16 bits is widened while it is used.
+        let narrow_head = model.weights().iter().any(|weight| weight.tensor.dtype() == DType::BF16);
         Self {
             blocks: config.layers.len(),
             all: settings.gradient_checkpointing,
@@ -74,7 +75,7 @@ impl Cost {
             input: 4 * config.hidden,
             temporary: width * temporary,
             logits: LOGITS[usize::from(width < 4 || !settings.backend.is_on_host())],
-            head: if trained { table } else { 0 },
+            head: if trained || narrow_head { table } else { 0 },
             accumulates: settings.accumulation > 1,
             fixed,
             gradients,
@@ -96,7 +97,7 @@ impl Cost {
         let before = if self.accumulates { self.gradients } else { 0 };
         let last =
             self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
-        self.fixed + (full + before).max(last)
+        self.fixed + before + full.max(last)
     }
 
     /// The fewest blocks that fit; all of them where nothing fits.
@@ -159,20 +160,4 @@ impl MemoryPlan {
         }
         lines
     }
-}
-
-/// Memory that this process can hold, where the system tells: what it has and what is free, within the limit of its
-/// group.
-pub fn host_memory() -> Option<usize> {
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
-    let kib = |path: &str, key: &str| {
-        let text = fs::read_to_string(path).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-        line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()
-    };
-    let free = kib("/proc/meminfo", "MemAvailable:")? << 10;
-    let group = number("/sys/fs/cgroup/memory.max")
-        .and_then(|most| Some(most.saturating_sub(number("/sys/fs/cgroup/memory.current")?)));
-    let held = kib("/proc/self/status", "VmRSS:")? << 10;
-    Some(group.map_or(free, |left| left.min(free)) + held)
 }

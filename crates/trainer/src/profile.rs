@@ -1,7 +1,7 @@
 //! `--profile`: a trace of where a run spends its time, and a table of it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +21,9 @@ impl Profile {
     /// Starts to record the spans of this program's own crates.
     pub fn start(path: &Path) -> Result<Self> {
         let context = || format!("--profile {}: cannot write", path.display());
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).with_context(context)?;
+        }
         let file = File::create(path).with_context(context)?;
         let (layer, guard) = ChromeLayerBuilder::new().writer(file).build();
         let ours = ["trainer", "decoder", "fused_ops"].map(|name| (name, LevelFilter::TRACE));
@@ -37,6 +40,7 @@ impl Profile {
         let file = File::open(&path).with_context(context)?;
         let events: Vec<Event> = serde_json::from_reader(BufReader::new(file)).with_context(context)?;
         let mut lines = table(&own_times(&events));
+        lines.push("on a device with a queue (cuda, wgpu) these are the times to hand work to it".into());
         lines.push(format!(
             "profile: {} (open it in https://ui.perfetto.dev or chrome://tracing)",
             path.display()

@@ -80,6 +80,10 @@ pub fn check(args: &Args) -> Result<(), String> {
             args.inspect.is_some() && args.profile.is_some(),
             "--profile has no effect with --inspect, which only prints rows",
         ),
+        (
+            args.memory_limit.is_some_and(|size| size.as_u64() < 1 << 20),
+            "--memory-limit: less than a megabyte; give a unit, as in 3GB",
+        ),
         (args.inspect == Some(0), "--inspect 0 prints nothing; give a number of rows"),
         (best && !evaluates, "--load-best-model-at-end and --early-stopping-patience need --eval-strategy"),
         (

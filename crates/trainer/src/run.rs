@@ -13,8 +13,9 @@ use pref_data::{PairTokens, TemplateSource, Tokenizer};
 use crate::checkpoint::{self, State};
 use crate::data::Data;
 use crate::hints::Hints;
+use crate::host_memory::host_memory;
 use crate::logs::{self, Logs};
-use crate::memory::{self, MemoryPlan};
+use crate::memory::MemoryPlan;
 use crate::optimizer::Optimizer;
 use crate::plan::Plan;
 use crate::policy::{self, Reference};
@@ -89,9 +90,9 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let report = preflight::data_report(&data.train, &tokenizer);
     let model = policy::policy(settings, base, resume.as_deref())?;
     let most = if settings.backend.is_on_host() {
-        memory::host_memory()
+        host_memory()
     } else {
-        opened.memory().map(|(_, all)| all as usize)
+        opened.memory().map(|(_, all)| all as usize).filter(|&all| all > 0)
     };
     let memory = MemoryPlan::new(settings, &model, plan.most_tokens(), most);
     for line in preflight::lines(settings, &report, &memory, plan.total) {

@@ -156,7 +156,8 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
 
 /// Speed of large products on this machine, now.
 fn peak(binary: &Path, options: &Options) -> Result<f64> {
-    let flags = ["--backend", &options.backend, "--dtype", &options.dtype];
+    let size = if options.backend.contains("cuda") { "8192" } else { "2048" };
+    let flags = ["--backend", &options.backend, "--dtype", &options.dtype, "--size", size];
     let output = Command::new(binary).args(flags).output().context("cannot run peak")?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.trim().parse().with_context(|| format!("peak failed: {}", String::from_utf8_lossy(&output.stderr)))
@@ -197,24 +198,35 @@ fn measure(binary: &Path, options: &Options, case: &Case, peak: f64) -> Result<(
         100.0 * gflops / peak
     ));
     for (dtype, theirs) in peers.iter().zip(&theirs) {
-        compare(dtype, &ours, theirs, options);
+        compare(dtype, &ours, theirs, options)?;
     }
     Ok(())
 }
 
-fn compare(dtype: &str, ours: &[Measured], theirs: &[Measured], options: &Options) {
+fn compare(dtype: &str, ours: &[Measured], theirs: &[Measured], options: &Options) -> Result<()> {
     summary(&format!("TRL, {}", if dtype == "bfloat16" { "bf16 autocast" } else { "f32" }), theirs);
     let ratio = |f: fn(&Measured) -> f64| median_of(theirs, f) / median_of(ours, f);
     report(&format!("{:.2}x faster", ratio(|m| m.seconds)));
     if !options.backend.contains("cuda") {
         report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
     }
-    let pairs = ours[0].losses.iter().zip(&theirs[0].losses);
-    let apart = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    report(&format!(
-        "losses of {} steps at most {apart:.1e} apart",
-        ours[0].losses.len().min(theirs[0].losses.len())
-    ));
+    let mut apart = 0.0_f64;
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        if [&ours.losses, &theirs.losses].iter().any(|losses| losses.len() != options.steps) {
+            bail!(
+                "expected the losses of {} steps: {:?} and {:?}",
+                options.steps,
+                ours.losses,
+                theirs.losses
+            );
+        }
+        apart = ours.losses.iter().zip(&theirs.losses).map(|(a, b)| (a - b).abs()).fold(apart, f64::max);
+    }
+    report(&format!("losses of {} steps at most {apart:.1e} apart", options.steps));
+    if dtype == "float32" && options.dtype == "float32" && apart > 1e-3 {
+        bail!("the losses differ by more than 1e-3: the two do not train the same");
+    }
+    Ok(())
 }
 
 fn median_of(all: &[Measured], f: fn(&Measured) -> f64) -> f64 {
@@ -269,7 +281,7 @@ fn run_trl(venv: &Path, options: &Options, case: &Case, dtype: &str, out: &Path)
     let path = env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
     if !options.backend.contains("cuda") {
-        command.env("CUDA_VISIBLE_DEVICES", "");
+        command.env("CUDA_VISIBLE_DEVICES", "").args(["--use_cpu", "True"]);
     }
     // The launcher would set one thread.
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

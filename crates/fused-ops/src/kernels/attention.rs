@@ -14,11 +14,14 @@ use super::matrix::{Mat, Shared, matmul_block};
 use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, weighted_sums, wide};
 use crate::{Heads, Scores, Segment, Segments};
 
-/// Rows of a block, of all query heads that share a key head: its scores stay in the second-level cache.
+/// Rows of a block, of all query heads that share a key head: scores of a thousand keys stay in a second-level cache.
 const ROWS: usize = 48;
 
-/// Keys and values are copied side by side for segments of at least so many rows.
-const GATHERED: usize = 16;
+/// Keys and values are copied side by side for at least so many queries.
+const GATHERED: usize = 8;
+
+/// Queries of a task: long segments are taken apart, however many threads there are.
+const QUERIES: usize = 1024;
 
 /// Operands of one attention call; activations are `[tokens, heads * dim]`.
 #[derive(Clone, Copy)]
@@ -90,11 +93,40 @@ impl Block {
     }
 }
 
-fn blocks(segment: &Segment, group: usize, window: Option<usize>) -> impl Iterator<Item = Block> {
-    let (total, prefix) = (segment.len, segment.prefix_len);
+/// Some queries of a segment with one key head.
+#[derive(Clone, Copy)]
+struct Task {
+    s: Segment,
+    kv: usize,
+    /// First query and one past the last, within the segment.
+    start: usize,
+    end: usize,
+}
+
+impl Task {
+    fn all(segments: &Segments, heads: Heads) -> Vec<Self> {
+        let parts = |&s: &Segment| {
+            let starts = (0..s.len).step_by(QUERIES);
+            starts.flat_map(move |start| {
+                let end = (start + QUERIES).min(s.len);
+                (0..heads.kv).map(move |kv| Self { s, kv, start, end })
+            })
+        };
+        segments.segments().iter().flat_map(parts).collect()
+    }
+
+    /// Keys that any of the queries may see: the prefix, then the segment's own.
+    fn keys(&self) -> impl Iterator<Item = usize> {
+        let Segment { prefix, prefix_len, own, .. } = self.s;
+        (prefix..prefix + prefix_len).chain(own..own + self.end)
+    }
+}
+
+fn blocks(task: &Task, group: usize, window: Option<usize>) -> impl Iterator<Item = Block> {
+    let (end, prefix) = (task.end, task.s.prefix_len);
     let (window, step) = (window.unwrap_or(usize::MAX), (ROWS / group).clamp(16, 64));
-    (0..total).step_by(step).map(move |first| {
-        let len = step.min(total - first);
+    (task.start..end).step_by(step).map(move |first| {
+        let len = step.min(end - first);
         let position = prefix + first;
         // What the window hides from the first query it hides from all.
         let start = (position + 1).saturating_sub(window);
@@ -122,15 +154,15 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn fill(&mut self, x: &Operands, s: &Segment, kv: usize) -> usize {
-        let (keys, dim) = (s.prefix_len + s.len, x.heads.dim);
+    /// Returns the number of keys.
+    fn fill(&mut self, x: &Operands, task: &Task) -> usize {
+        let (keys, dim) = (task.s.prefix_len + task.end, x.heads.dim);
         for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)]
         {
             plain.resize(keys * dim, 0.0);
             transposed.resize(keys * dim, 0.0);
-            let tokens = (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len);
-            for (i, token) in tokens.enumerate() {
-                let row = &data[(token * x.heads.kv + kv) * dim..][..dim];
+            for (i, token) in task.keys().enumerate() {
+                let row = &data[(token * x.heads.kv + task.kv) * dim..][..dim];
                 plain[i * dim..(i + 1) * dim].copy_from_slice(row);
                 row.iter().enumerate().for_each(|(j, &value)| transposed[j * keys + i] = value);
             }
@@ -207,14 +239,14 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
     let mut out = vec![0.0; x.q.len()];
     let mut lse = vec![0.0; x.q.len() / heads.dim];
     let (out_ptr, lse_ptr) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    let tasks: Vec<(Segment, usize)> =
-        segments.segments().iter().flat_map(|&s| (0..heads.kv).map(move |kv| (s, kv))).collect();
-    tasks.into_par_iter().for_each_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
+    let tasks = Task::all(segments, heads).into_par_iter();
+    tasks.for_each_init(Buffers::default, |buffers: &mut Buffers, task| {
         let Buffers { gathered, p, q, out, .. } = buffers;
-        let copied = (s.len * group >= GATHERED).then(|| gathered.fill(&x, &s, kv));
+        let Task { s, kv, start, end } = task;
+        let copied = (end - start >= GATHERED).then(|| gathered.fill(&x, &task));
         let pieces =
             copied.map_or_else(|| in_place(&x, &s, kv), |keys| vec![gathered.piece(keys, heads.dim)]);
-        for block in blocks(&s, group, x.scores.window) {
+        for block in blocks(&task, group, x.scores.window) {
             let (rows, keys) = (block.len * group, block.keys());
             gather(&x, x.q, &s, block, kv, q);
             p.resize(rows * keys, 0.0);
@@ -302,21 +334,19 @@ fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
 pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> [Vec<f32>; 3] {
     let mut dq = vec![0.0; x.q.len()];
     let dq_ptr = Shared(dq.as_mut_ptr());
-    let tasks: Vec<(Segment, usize)> =
-        segments.segments().iter().flat_map(|&s| (0..x.heads.kv).map(move |kv| (s, kv))).collect();
+    let tasks = Task::all(segments, x.heads);
     let shares: Vec<[Vec<f32>; 2]> = tasks
         .par_iter()
-        .map_init(Buffers::default, |buffers: &mut Buffers, (s, kv)| {
-            // SAFETY: queries of different segments and the features of different heads are disjoint.
-            unsafe { segment_backward(&x, s, *kv, [grad, lse], buffers, dq_ptr) }
+        .map_init(Buffers::default, |buffers: &mut Buffers, task| {
+            // SAFETY: queries of different tasks and the features of different heads are disjoint.
+            unsafe { task_backward(&x, task, [grad, lse], buffers, dq_ptr) }
         })
         .collect();
     let mut sums = [vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
-    // A prefix is seen from several segments: in their order, so that the sum is always the same.
-    for ((s, kv), shares) in tasks.iter().zip(&shares) {
-        let tokens = (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len);
-        for (i, token) in tokens.enumerate() {
-            let (at, dim) = ((token * x.heads.kv + kv) * x.heads.dim, x.heads.dim);
+    // Keys are seen from several tasks: in their order, so that the sum is always the same.
+    for (task, shares) in tasks.iter().zip(&shares) {
+        for (i, token) in task.keys().enumerate() {
+            let (at, dim) = ((token * x.heads.kv + task.kv) * x.heads.dim, x.heads.dim);
             for (sum, share) in sums.iter_mut().zip(shares) {
                 let pairs = sum[at..at + dim].iter_mut().zip(&share[i * dim..(i + 1) * dim]);
                 pairs.for_each(|(sum, share)| *sum += share);
@@ -327,25 +357,24 @@ pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> 
     [dq, dk, dv]
 }
 
-/// Writes the gradients of a segment's queries for one key head and returns those of its keys and values, those of the
-/// prefix first.
+/// Writes the gradients of a task's queries and returns those of its keys and values, in the order of [`Task::keys`].
 ///
 /// # Safety
-/// No other thread may touch the rows of this segment in `dq` within the features of this key head's queries.
-unsafe fn segment_backward(
+/// No other thread may touch the rows of this task in `dq` within the features of its key head's queries.
+unsafe fn task_backward(
     x: &Operands,
-    s: &Segment,
-    kv: usize,
+    task: &Task,
     [grad, lse]: [&[f32]; 2],
     buffers: &mut Buffers,
     dq: Shared,
 ) -> [Vec<f32>; 2] {
     let (group, dim) = (x.group(), x.heads.dim);
+    let (s, kv) = (&task.s, task.kv);
     let Buffers { gathered, p, ds, q, out: o, grad: g } = buffers;
-    let all = gathered.fill(x, s, kv);
+    let all = gathered.fill(x, task);
     let piece = gathered.piece(all, dim);
     let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; all * dim]);
-    for block in blocks(s, group, x.scores.window) {
+    for block in blocks(task, group, x.scores.window) {
         let (rows, keys) = (block.len * group, block.keys());
         let first = s.query + block.first;
         gather(x, x.q, s, block, kv, q);

@@ -9,7 +9,7 @@ use super::matrix::{Mat, matmul};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
-/// Logits held at a time (8 MiB), the one large temporary of the head.
+/// Logits held at a time (8 MiB; more where there are more than 8,192 rows), the one large temporary of the head.
 const LOGITS: usize = 2 << 20;
 
 /// Parts of the vocabulary for `n` rows.
@@ -143,14 +143,14 @@ pub fn backward(
     let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
     let mut logits = Vec::new();
     for tile in tiles(n, vocab) {
-        let (len, first) = (tile.len(), tile.start > 0);
+        let (len, add) = (tile.len(), tile.start > 0);
         logits.resize(n * len, 0.0);
         let part = tile.start * dim..tile.end * dim;
         let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w[part.clone()], dim));
         matmul(&mut logits, false, (n, len, dim), h, w.t());
         gradient_rows(&mut logits, tile, targets, lse, grad, logits_of);
         let z = Mat::rows(&logits, len);
-        matmul(&mut dh, first, (n, dim, len), z, w);
+        matmul(&mut dh, add, (n, dim, len), z, w);
         if of_weight {
             matmul(&mut dw[part], false, (len, dim, n), z.t(), h);
         }

@@ -51,7 +51,7 @@ impl<'a> Mat<'a> {
 #[derive(Clone, Copy)]
 pub struct Shared(pub *mut f32);
 // SAFETY: whoever writes through it keeps to elements that no other thread touches; that is an
-// obligation of `accumulate`, the only function that does.
+// obligation of the unsafe functions that do.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}

@@ -35,6 +35,17 @@ pub fn cuda_devices() -> usize {
     usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
 }
 
+/// Keeps freed memory for later use. LibTorch takes its buffers from the C library, which gives large ones back at
+/// once: each step would pay for their pages again.
+#[allow(unsafe_code)]
+pub fn prepare() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (option, value) in [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, -1)] {
+        // SAFETY: sets a number of the allocator; a value it does not take is ignored.
+        unsafe { libc::mallopt(option, value) };
+    }
+}
+
 /// Bytes reserved at most so far on a CUDA device, and all of its memory.
 pub fn memory(device: &Device) -> Option<(u64, u64)> {
     use burn::backend::libtorch::LibTorchDevice;
