@@ -6,8 +6,11 @@ use serde::Serialize;
 
 use crate::settings::Settings;
 
-/// The program, its tokenizer, the data's index and what the allocator cannot fill.
+/// The program, its tokenizer and the data's index.
 const PROGRAM: usize = 160 << 20;
+
+/// What comes and goes takes more than its size: gaps between blocks.
+const GAPS: f64 = 1.08;
 
 /// Logits that the head holds at a time: with this program's kernels, and on other devices.
 const LOGITS: [usize; 2] = [8 << 20, 64 << 20];
@@ -97,7 +100,7 @@ impl Cost {
         let before = if self.accumulates { self.gradients } else { 0 };
         let last =
             self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
-        self.fixed + before + full.max(last)
+        self.fixed + (GAPS * (before + full.max(last)) as f64) as usize
     }
 
     /// The fewest blocks that fit; all of them where nothing fits.
