@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod attention;
+mod blocks;
 #[cfg(any(feature = "tch", test))]
 pub mod dither;
 pub mod elementwise;
