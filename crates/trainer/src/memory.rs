@@ -1,5 +1,6 @@
 //! What a run will need at most, and how many blocks are computed again so that it stays within a limit.
 
+use backend::Backend;
 use burn::tensor::DType;
 use decoder::{Decoder, Footprint, Weight};
 use serde::Serialize;
@@ -12,7 +13,7 @@ const PROGRAM: usize = 160 << 20;
 /// What comes and goes takes more than its size: gaps between blocks.
 const GAPS: f64 = 1.08;
 
-/// Logits that the head holds at a time: with this program's kernels, and on other devices.
+/// Logits that the head holds at a time: on Flex, and elsewhere.
 const LOGITS: [usize; 2] = [8 << 20, 64 << 20];
 
 /// Part of what it can hold that a run takes when it is given no limit.
@@ -77,7 +78,7 @@ impl Cost {
             block: 4 * stream + width * (products + if width < 4 { cast } else { 0 }),
             input: 4 * config.hidden,
             temporary: width * temporary,
-            logits: LOGITS[usize::from(width < 4 || !settings.backend.is_on_host())],
+            logits: LOGITS[usize::from(settings.backend != Backend::Flex)],
             head: if trained || narrow_head { table } else { 0 },
             accumulates: settings.accumulation > 1,
             fixed,
