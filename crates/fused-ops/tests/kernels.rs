@@ -7,7 +7,7 @@ mod plain;
 
 use std::sync::Arc;
 
-use backend::under_test;
+use backend::{Backend, under_test};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segment, Segments};
 
@@ -267,7 +267,9 @@ fn head_of_a_large_vocabulary_takes_several_chunks() {
             }
         }
     }
-    let tolerance = 2e-5 * under_test().backend.tolerance().operations;
+    // CubeCL's products add the 140,000 terms one after the other: the gradient of the hidden states is off by 6e-4.
+    let exact = matches!(under_test().backend, Backend::Flex | Backend::Tch | Backend::Cuda);
+    let tolerance = if exact { 2e-5 } else { 2.5e-4 } * under_test().backend.tolerance().operations;
     let dims = [n, 1];
     for (what, got, want) in [
         ("log-probability", host(logps.inner().reshape(dims)), want),
