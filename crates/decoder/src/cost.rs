@@ -80,14 +80,12 @@ impl Decoder {
         let size = |weight: &Weight| weight.shape.iter().product::<usize>() as u64;
         let trained = self.lora().is_none();
         let passes = |trained: bool| 1 + u64::from(training) * (1 + u64::from(trained));
-        let linear = |weights: &[Weight]| -> u64 {
-            weights.iter().filter(|weight| weight.role == Role::Linear).map(size).sum()
-        };
-        let blocks = 2 * tokens * passes(trained) * linear(self.weights());
+        let linear = self.weights().iter().filter(|weight| weight.role == Role::Linear);
+        let blocks = 2 * tokens * passes(trained) * linear.map(size).sum::<u64>();
         // Both factors of an adapter are trained; they have two dimensions, magnitudes one.
         let factors =
-            |weights: &[Weight]| -> u64 { weights.iter().filter(|w| w.shape.len() == 2).map(size).sum() };
-        let adapters = self.lora().map_or(0, |lora| 2 * tokens * passes(true) * factors(lora.weights()));
+            self.lora().into_iter().flat_map(Lora::weights).filter(|weight| weight.shape.len() == 2);
+        let adapters = 2 * tokens * passes(true) * factors.map(size).sum::<u64>();
         let head = 2 * scored * passes(trained) * (config.vocab * config.hidden) as u64;
         let pairs = |window| batch.segments.segments().iter().map(|s| seen(s, window) as u64).sum::<u64>();
         let width = (config.heads.query * config.heads.dim) as u64;

@@ -13,6 +13,12 @@ pub fn host_memory() -> Option<usize> {
     Some(left.map_or(free, |left| left.min(free)) + held)
 }
 
+/// Largest resident memory of this process so far, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    Some((field(&status, "VmHWM:")? << 10) as u64)
+}
+
 /// A number behind a name in a system file.
 fn field(text: &str, name: &str) -> Option<usize> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name))?;

@@ -1,6 +1,5 @@
 //! `run.json`: what ran, on what, and what it cost.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
@@ -57,11 +56,3 @@ impl RunInfo<'_> {
 
 /// Commit the binary was built from.
 pub const COMMIT: &str = env!("BUILD_COMMIT");
-
-/// Largest resident memory of this process so far, where the system tells.
-pub fn peak_memory() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib * 1024)
-}
