@@ -38,7 +38,9 @@ cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--ru
                         [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]
 cargo xtask bench train --shape NAME [--vocab N] --row-tokens N[,N …] …    a model and pairs made on the spot
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
+cargo xtask bench generate [--only PART[,PART]] [--against VENV]  calls a second, cost of a call, faults, kills
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
+cargo xtask check report [--chromium BINARY]          a run's page, paged through in a browser
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers
 cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers
 cargo xtask check losses --model DIR --dataset D      a run of every loss: first values, no NaN

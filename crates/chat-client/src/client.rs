@@ -1,37 +1,81 @@
-//! Sending requests: bounded, retried, stored.
+//! Sending requests: bounded, paced, retried, stored, and paid for once.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
-use reqwest::header::RETRY_AFTER;
-use reqwest::redirect::Policy;
-use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::{Notify, OnceCell, Semaphore};
+use bytes::Bytes;
+use secrecy::SecretString;
+use serde_json::value::RawValue;
+use tokio::sync::{Notify, OnceCell};
+use tokio::time::Instant;
 
-use crate::retry::{delay, is_transient, retry_after};
+use crate::batch::Batches;
+use crate::cost::{Ledger, Price};
+use crate::endpoint::{Endpoint, Endpoints, Failure, Server};
+use crate::flow::{InFlight, Passed};
+use crate::pace::Budgets;
+use crate::retry::delay;
 use crate::store::{ReplyStore, StoredReply};
-use crate::{ChatRequest, Error, Reply};
+use crate::{ChatRequest, Error, Reply, Usage};
 
-/// Largest reply that is read.
-const MAX_BODY: usize = 64 << 20;
+/// When replies are streamed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Streaming {
+    /// Never.
+    Never,
+    /// From the moment on when something cut off a long request.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+}
 
-/// How to reach a server.
+/// How to reach the servers.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Base URL (`…/v1`) or the whole `…/chat/completions`.
-    pub endpoint: String,
-    /// Sent as a bearer token.
-    pub api_key: Option<SecretString>,
-    /// Requests at a time.
-    pub max_in_flight: usize,
+    /// Where requests go: to the one with the least to do for its weight.
+    pub servers: Vec<Server>,
+    /// Requests at a time, of each server.
+    pub in_flight: InFlight,
+    /// Budgets a minute, of each server.
+    pub budgets: Budgets,
     /// Attempts after the first.
     pub retries: u32,
     /// Longest time for one attempt.
     pub timeout: Duration,
+    /// Longest time for a request with all its attempts.
+    pub deadline: Duration,
     /// Wait before the second attempt; doubles from there.
     pub backoff: Duration,
+    /// When replies are streamed.
+    pub streaming: Streaming,
+    /// Largest reply that is read.
+    pub max_body: usize,
+    /// What tokens cost.
+    pub price: Option<Price>,
+    /// Dollars that may be spent.
+    pub max_cost: Option<f64>,
+}
+
+impl Settings {
+    /// One server and the usual limits.
+    pub fn to(endpoint: &str, key: Option<SecretString>) -> Self {
+        Self {
+            servers: vec![Server { url: endpoint.into(), weight: 1.0, key }],
+            in_flight: InFlight::default(),
+            budgets: Budgets::default(),
+            retries: 8,
+            timeout: Duration::from_mins(10),
+            deadline: Duration::from_hours(6),
+            backoff: Duration::from_millis(500),
+            streaming: Streaming::Auto,
+            max_body: 64 << 20,
+            price: None,
+            max_cost: None,
+        }
+    }
 }
 
 /// Where a reply came from.
@@ -56,51 +100,96 @@ pub struct Stored {
     pub attempts: u32,
 }
 
-/// A client of one endpoint with its reply store.
+/// What a client has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Counts {
+    /// Calls in flight now.
+    pub in_flight: usize,
+    /// Calls that may be in flight now.
+    pub limit: usize,
+    /// Attempts made.
+    pub attempts: u64,
+    /// Attempts answered 429.
+    pub refused: u64,
+    /// Tokens of the replies that came now.
+    pub usage: Usage,
+    /// Dollars spent now; `None` where no price is known.
+    pub spent: Option<f64>,
+}
+
+#[derive(Debug, Default)]
+struct Totals {
+    attempts: AtomicU64,
+    refused: AtomicU64,
+    prompt: AtomicU64,
+    completion: AtomicU64,
+}
+
+/// Why nothing is started any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Closed {
+    /// It is open.
+    No,
+    /// The user stopped it.
+    Stopped,
+    /// The next call would have passed the most that may be spent.
+    Cost,
+}
+
+/// A client of one or several servers with its reply store.
 #[derive(Debug)]
 pub struct Client {
-    http: reqwest::Client,
-    url: String,
-    settings: Settings,
+    pub(crate) endpoints: Endpoints,
+    pub(crate) settings: Settings,
     store: ReplyStore,
-    permits: Semaphore,
-    closed: AtomicBool,
-    closing: Notify,
+    pub(crate) ledger: Ledger,
+    closed: AtomicU8,
+    pub(crate) closing: Notify,
+    pub(crate) batches: Option<Batches>,
+    streams: AtomicBool,
+    totals: Totals,
     same: Mutex<HashMap<String, Arc<OnceCell<Stored>>>>,
 }
 
-/// One failed attempt.
-struct Failure {
-    reason: String,
-    asked: Option<Duration>,
-    reached: bool,
-    fatal: Option<u16>,
-}
-
 impl Client {
-    /// Sets up the HTTP client. A TLS provider must have been installed before.
+    /// Sets up the HTTP clients. A TLS provider must have been installed before.
     pub fn new(settings: Settings, store: ReplyStore) -> Result<Self, Error> {
-        let url = completions_url(&settings.endpoint)?;
-        let http = reqwest::Client::builder()
-            .timeout(settings.timeout)
-            .connect_timeout(Duration::from_secs(15).min(settings.timeout))
-            .pool_max_idle_per_host(settings.max_in_flight)
-            // The key must not travel to wherever a redirect points.
-            .redirect(Policy::none())
-            .user_agent(concat!("chat-client/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|e| Error::Setup(e.to_string()))?;
-        let permits = Semaphore::new(settings.max_in_flight.clamp(1, Semaphore::MAX_PERMITS));
+        if settings.max_cost.is_some() && settings.price.is_none() {
+            return Err(Error::NoPrice);
+        }
+        let endpoint = |server| {
+            Endpoint::new(server, settings.timeout, settings.in_flight, settings.budgets, settings.max_body)
+        };
+        let endpoints = settings.servers.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
-            http,
-            url,
+            endpoints: Endpoints(endpoints),
+            ledger: Ledger::new(settings.price, settings.max_cost),
+            streams: AtomicBool::new(settings.streaming == Streaming::Always),
             settings,
             store,
-            permits,
-            closed: AtomicBool::new(false),
+            batches: None,
+            closed: AtomicU8::new(Closed::No as u8),
             closing: Notify::new(),
+            totals: Totals::default(),
             same: Mutex::default(),
         })
+    }
+
+    /// The same through the server's Batch API; what is under way is remembered in `dir`.
+    pub fn batched(
+        settings: Settings,
+        store: ReplyStore,
+        dir: &std::path::Path,
+        poll: Duration,
+    ) -> Result<Self, Error> {
+        let batches = Some(Batches::new(dir, poll));
+        Ok(Self { batches, ..Self::new(settings, store)? })
+    }
+
+    /// The price that counts.
+    pub fn price(&self) -> Option<Price> {
+        self.settings.price
     }
 
     /// The stored replies.
@@ -108,16 +197,51 @@ impl Client {
         &self.store
     }
 
+    /// What was done so far.
+    pub fn counts(&self) -> Counts {
+        let total = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (prompt_tokens, completion_tokens) = (total(&self.totals.prompt), total(&self.totals.completion));
+        Counts {
+            in_flight: match &self.batches {
+                Some(batches) => batches.sent(),
+                None => self.endpoints.0.iter().map(|endpoint| endpoint.flow.in_flight()).sum(),
+            },
+            limit: self.endpoints.0.iter().map(|endpoint| endpoint.flow.limit()).sum(),
+            attempts: total(&self.totals.attempts),
+            refused: total(&self.totals.refused),
+            usage: Usage {
+                prompt_tokens,
+                completion_tokens,
+                total_tokens: prompt_tokens + completion_tokens,
+            },
+            spent: self.ledger.spent(),
+        }
+    }
+
     /// No request is started after this; those in flight finish.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::Relaxed);
-        self.permits.close();
+        self.close_for(Closed::Stopped);
+    }
+
+    pub(crate) fn close_for(&self, why: Closed) {
+        let (open, why) = (Closed::No as u8, why as u8);
+        self.closed.compare_exchange(open, why, Ordering::Relaxed, Ordering::Relaxed).ok();
+        self.endpoints.0.iter().for_each(|endpoint| endpoint.flow.close());
         self.closing.notify_waiters();
     }
 
-    /// True after [`Client::close`].
+    /// Whether and why it was closed.
+    pub fn closed(&self) -> Closed {
+        match self.closed.load(Ordering::Relaxed) {
+            0 => Closed::No,
+            1 => Closed::Stopped,
+            _ => Closed::Cost,
+        }
+    }
+
+    /// True after [`Client::close`], or when the money is spent.
     pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.closed() != Closed::No
     }
 
     /// The stored reply, or the server's. `None` when the client was closed before the request started.
@@ -131,12 +255,13 @@ impl Client {
             let mut same = self.same.lock().unwrap_or_else(PoisonError::into_inner);
             same.entry(key.clone()).or_default().clone()
         };
-        let result = cell
-            .get_or_try_init(|| async {
-                let Ok(_permit) = self.permits.acquire().await else { return Err(None) };
-                self.request(&key, request).await
-            })
-            .await;
+        let result = cell.get_or_try_init(|| async {
+            match &self.batches {
+                Some(batches) => Box::pin(self.in_batch(batches, &key, request)).await,
+                None => self.request(&key, request).await,
+            }
+        });
+        let result = result.await;
         self.same.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
         match result {
             Ok(stored) => Ok(Some(stored.clone())),
@@ -145,55 +270,54 @@ impl Client {
         }
     }
 
-    fn stored(&self, key: &str) -> Result<Option<Stored>, Error> {
-        Ok(self.store.get(key)?.map(|stored| Stored {
-            reply: Reply(stored.reply),
-            source: Source::Store,
-            latency_ms: stored.latency_ms,
-            attempts: stored.attempts,
-        }))
+    /// The reply in the store.
+    pub fn stored(&self, key: &str) -> Result<Option<Stored>, Error> {
+        let Some(stored) = self.store.get(key)? else { return Ok(None) };
+        let reply = Reply::parse(stored.reply.get().as_bytes())
+            .map_err(|reason| Error::Setup(format!("the stored reply {key}: {reason}")))?;
+        let (latency_ms, attempts) = (stored.latency_ms, stored.attempts);
+        Ok(Some(Stored { reply, source: Source::Store, latency_ms, attempts }))
     }
 
-    /// `Err(None)` when the client was closed while waiting for another attempt.
+    /// `Err(None)` when the client was closed before the request, or its next attempt, could start.
     async fn request(&self, key: &str, request: &ChatRequest) -> Result<Stored, Option<Error>> {
-        let body = request.body();
         let started = Instant::now();
         let mut reached = false;
         for attempt in 1.. {
-            let sent = Instant::now();
-            let failure = match self.attempt(&body).await {
-                Ok(reply) => {
-                    let latency_ms = sent.elapsed().as_millis() as u64;
-                    let line = StoredReply {
-                        key: key.into(),
-                        request: body,
-                        reply: reply.0.clone(),
-                        latency_ms,
-                        attempts: attempt,
-                    };
-                    self.store.put(line).await.map_err(Some)?;
-                    return Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt });
-                }
+            let (endpoint, passed) = self.endpoints.pass().await.map_err(Some)?.ok_or(None)?;
+            let failure = match self.attempt(endpoint, passed, key, request, attempt).await? {
+                Ok(stored) => return Ok(stored),
                 Err(failure) => failure,
             };
             reached |= failure.reached;
-            tracing::debug!(attempt, reason = failure.reason, "attempt failed");
+            tracing::debug!(attempt, url = endpoint.url, reason = failure.reason, "attempt failed");
             if let Some(status) = failure.fatal {
-                return Err(Some(Error::Refused { url: self.url.clone(), status, body: failure.reason }));
+                let refused = Error::Refused { url: endpoint.url.clone(), status, body: failure.reason };
+                if !refused.is_setup() || !self.endpoints.others() {
+                    return Err(Some(refused));
+                }
+                let Error::Refused { body, .. } = &refused else { return Err(Some(refused)) };
+                tracing::warn!("{refused}; its calls go to the other endpoints");
+                endpoint.refuse(status, body);
+                continue;
             }
-            if attempt > self.settings.retries {
+            let pause = delay(attempt, self.settings.backoff, failure.asked);
+            let elapsed = started.elapsed();
+            if attempt > self.settings.retries || elapsed + pause > self.settings.deadline {
                 return Err(Some(Error::GaveUp {
-                    url: self.url.clone(),
+                    url: endpoint.url.clone(),
                     attempts: attempt,
-                    elapsed: started.elapsed(),
+                    elapsed,
                     last: failure.reason,
                     unreachable: !reached,
                 }));
             }
-            let pause = tokio::time::sleep(delay(attempt, self.settings.backoff, failure.asked));
-            tokio::select! {
-                () = pause => {}
-                () = self.closing.notified() => {}
+            // Where another server can take it, there is nothing to wait for.
+            if failure.reached || !self.endpoints.others() {
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = self.closing.notified() => {}
+                }
             }
             if self.is_closed() {
                 return Err(None);
@@ -202,97 +326,87 @@ impl Client {
         unreachable!("the loop ends by returning")
     }
 
-    async fn attempt(&self, body: &serde_json::Value) -> Result<Reply, Failure> {
-        let mut request = self.http.post(&self.url).json(body);
-        if let Some(key) = &self.settings.api_key {
-            request = request.bearer_auth(key.expose_secret());
-        }
-        let lost = |e: &reqwest::Error| {
-            let what = if e.is_timeout() { "timed out" } else { "connection failed" };
-            Failure {
-                reason: format!("{what}: {}", innermost(e)),
-                asked: None,
-                reached: !e.is_connect(),
-                fatal: None,
-            }
+    /// One attempt at one server, within its budgets and those of the user.
+    async fn attempt(
+        &self,
+        endpoint: &Endpoint,
+        passed: Passed<'_>,
+        key: &str,
+        request: &ChatRequest,
+        attempt: u32,
+    ) -> Result<Result<Stored, Failure>, Option<Error>> {
+        let stream = self.streams.load(Ordering::Relaxed);
+        let body = endpoint.provider.body(request, stream).to_string();
+        let call = endpoint.pace.estimate(body.len(), request.max_tokens);
+        let Some(reserved) = self.ledger.reserve(call.input, call.output) else {
+            self.close_for(Closed::Cost);
+            return Err(None);
         };
-        let mut response = request.send().await.map_err(|e| lost(&e))?;
-        let status = response.status().as_u16();
-        let asked = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-        let asked = retry_after(asked, SystemTime::now());
-        let mut bytes = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|e| lost(&e))? {
-            bytes.extend_from_slice(&chunk);
-            if bytes.len() > MAX_BODY {
-                let reason = format!("reply of more than {MAX_BODY} bytes");
-                return Err(Failure { reason, asked: None, reached: true, fatal: Some(status) });
+        tokio::select! {
+            () = endpoint.pace.reserve(call) => {}
+            () = self.closing.notified() => {}
+        }
+        if self.is_closed() {
+            self.ledger.settle(reserved, Usage::default());
+            return Err(None);
+        }
+        let sent = Instant::now();
+        self.totals.attempts.fetch_add(1, Ordering::Relaxed);
+        let bytes = Bytes::from(body);
+        let failure = match endpoint.attempt(bytes.clone(), stream).await {
+            Ok(reply) => {
+                let latency = sent.elapsed();
+                let usage = reply.usage();
+                endpoint.recover();
+                passed.succeeded(latency);
+                endpoint.pace.settle(call, usage.prompt_tokens, usage.completion_tokens);
+                self.ledger.settle(reserved, usage);
+                self.count(usage);
+                let latency_ms = latency.as_millis() as u64;
+                self.keep(key, &bytes, &reply, latency_ms, attempt).await.map_err(Some)?;
+                return Ok(Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt }));
             }
+            Err(failure) => failure,
+        };
+        self.ledger.settle(reserved, Usage::default());
+        if !failure.reached {
+            endpoint.ail();
         }
-        if !(200..300).contains(&status) {
-            let mut excerpt: String = String::from_utf8_lossy(&bytes).chars().take(2000).collect();
-            // Some servers echo the key they refuse.
-            if let Some(key) = &self.settings.api_key {
-                excerpt = excerpt.replace(key.expose_secret(), "[key]");
-            }
-            let excerpt: String = excerpt.chars().take(300).collect();
-            let transient = is_transient(status);
-            let reason = if transient { format!("status {status}: {excerpt}") } else { excerpt };
-            return Err(Failure { reason, asked, reached: true, fatal: (!transient).then_some(status) });
+        if failure.overload {
+            self.totals.refused.fetch_add(1, Ordering::Relaxed);
+            passed.overloaded(sent);
         }
-        Reply::parse(&bytes).map_err(|reason| Failure { reason, asked, reached: true, fatal: None })
-    }
-}
-
-/// The key in an environment variable: the one named, which must be set, or else `OPENAI_API_KEY` where it
-/// is.
-pub fn api_key(variable: Option<&str>) -> Result<Option<SecretString>, Error> {
-    let name = variable.unwrap_or("OPENAI_API_KEY");
-    match std::env::var(name) {
-        Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_string().into())),
-        _ if variable.is_some() => Err(Error::Key(name.into())),
-        _ => Ok(None),
-    }
-}
-
-/// The cause a person can act on; reqwest's own text repeats the URL and little else.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut source: &dyn std::error::Error = error;
-    while let Some(inner) = source.source() {
-        source = inner;
-    }
-    source.to_string()
-}
-
-fn completions_url(endpoint: &str) -> Result<String, Error> {
-    let bad = |reason: &str| Error::Endpoint { url: endpoint.into(), reason: reason.into() };
-    let url = reqwest::Url::parse(endpoint).map_err(|e| bad(&e.to_string()))?;
-    if !matches!(url.scheme(), "http" | "https") {
-        return Err(bad("is neither http nor https"));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(bad("must not hold a user or password; use the key's environment variable"));
-    }
-    if url.query().is_some() || url.fragment().is_some() {
-        return Err(bad("must not hold a query or fragment"));
-    }
-    let trimmed = endpoint.trim_end_matches('/');
-    if trimmed.ends_with("/chat/completions") {
-        return Ok(trimmed.into());
-    }
-    Ok(format!("{trimmed}/chat/completions"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_base_url_is_completed() {
-        let url = |endpoint| completions_url(endpoint).unwrap();
-        assert_eq!(url("http://localhost:8000/v1/"), "http://localhost:8000/v1/chat/completions");
-        assert_eq!(url("https://h/v1/chat/completions"), "https://h/v1/chat/completions");
-        for bad in ["localhost:8000", "ftp://x/v1", "", "https://user:secret@h/v1", "https://h/v1?key=1"] {
-            assert!(completions_url(bad).is_err(), "{bad}");
+        // Cut off after a good while: something on the way waits no longer for the first byte.
+        let long = sent.elapsed() > Duration::from_secs(30).min(self.settings.timeout / 2);
+        if failure.cut && long && self.settings.streaming == Streaming::Auto {
+            self.streams.store(true, Ordering::Relaxed);
         }
+        Ok(Err(failure))
+    }
+
+    pub(crate) fn count(&self, usage: Usage) {
+        self.totals.prompt.fetch_add(usage.prompt_tokens, Ordering::Relaxed);
+        self.totals.completion.fetch_add(usage.completion_tokens, Ordering::Relaxed);
+    }
+
+    /// Stores a reply before anything else is done with it.
+    pub(crate) async fn keep(
+        &self,
+        key: &str,
+        body: &[u8],
+        reply: &Reply,
+        latency_ms: u64,
+        attempts: u32,
+    ) -> Result<(), Error> {
+        let raw =
+            |text: &str| RawValue::from_string(text.to_owned()).map_err(|e| Error::Setup(e.to_string()));
+        let line = StoredReply {
+            key: key.into(),
+            request: raw(std::str::from_utf8(body).unwrap_or("null"))?,
+            reply: raw(reply.raw())?,
+            latency_ms,
+            attempts,
+        };
+        self.store.put(line).await
     }
 }

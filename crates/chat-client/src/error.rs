@@ -42,6 +42,25 @@ pub enum Error {
     /// The environment variable that should hold the key does not.
     #[error("the environment variable {0} (--api-key-env) is not set")]
     Key(String),
+    /// The file that should hold the key does not.
+    #[error("{path}: {reason}")]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The most that may be spent is given, but what tokens cost is not known.
+    #[error("a cost limit needs the model's price: give --price-input and --price-output, or --prices FILE")]
+    NoPrice,
+    /// A batch could not be made or read.
+    #[error("batch {id}: {reason}")]
+    Batch {
+        /// Its id, or the address that was asked.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The HTTP client could not be set up.
     #[error("cannot set up the HTTP client: {0}")]
     Setup(String),
@@ -59,9 +78,9 @@ impl Error {
     /// True when every other request of the run would fail in the same way: wrong key, wrong address.
     pub fn is_setup(&self) -> bool {
         match self {
-            Self::Refused { status, .. } => matches!(status, 300..=399 | 401 | 403 | 404),
+            Self::Refused { status, .. } => matches!(status, 300..=399 | 401 | 402 | 403 | 404 | 429),
             Self::GaveUp { unreachable, .. } => *unreachable,
-            Self::Endpoint { .. } | Self::Key(_) | Self::Setup(_) | Self::Store { .. } => true,
+            _ => true,
         }
     }
 

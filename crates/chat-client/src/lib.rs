@@ -1,16 +1,34 @@
-//! Client for OpenAI-compatible `/v1/chat/completions`.
+//! Client for OpenAI-compatible `/v1/chat/completions` and Anthropic's `/v1/messages`.
 //!
 //! Every raw reply is stored on disk, under a key of the whole request, before anything else is done
 //! with it: a request that was answered once is never sent again. Transient failures are retried with
-//! backoff; how many requests are in flight is bounded. No prompt text is in this crate.
+//! backoff; the number of calls in flight finds its own level; budgets of requests, tokens and dollars
+//! are kept. No prompt text is in this crate.
 
+mod batch;
 mod client;
+mod cost;
+mod endpoint;
 mod error;
+mod flow;
+mod keys;
+mod log;
+mod pace;
+mod provider;
+mod reply;
 mod request;
 mod retry;
 mod store;
+mod stream;
 
-pub use client::{Client, Settings, Source, Stored, api_key};
+pub use client::{Client, Closed, Counts, Settings, Source, Stored, Streaming};
+pub use cost::{Price, Prices};
+pub use endpoint::Server;
 pub use error::Error;
-pub use request::{ChatMessage, ChatRequest, Reply, Usage};
-pub use store::{ReplyStore, StoredReply};
+pub use flow::InFlight;
+pub use keys::{api_key, key_file};
+pub use pace::Budgets;
+pub use provider::Provider;
+pub use reply::{Reply, Usage};
+pub use request::{ChatMessage, ChatRequest, Reasoning};
+pub use store::{Found, ReplyStore, StoredReply};

@@ -1,4 +1,4 @@
-//! Requests with their key, and typed access to raw replies.
+//! Requests with their key.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -12,8 +12,29 @@ pub struct ChatMessage {
     pub content: String,
 }
 
-/// A chat completion request.
+impl ChatMessage {
+    /// A message of the user.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self { role: "user".into(), content: content.into() }
+    }
+
+    /// A system message.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self { role: "system".into(), content: content.into() }
+    }
+}
+
+/// How a model that reasons before it answers is asked to.
 #[derive(Debug, Clone, PartialEq)]
+pub enum Reasoning {
+    /// `reasoning_effort` of OpenAI-compatible servers.
+    Effort(String),
+    /// Tokens for thinking (Anthropic's `thinking.budget_tokens`).
+    Budget(u32),
+}
+
+/// A chat completion request.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChatRequest {
     /// Model name.
     pub model: String,
@@ -27,81 +48,62 @@ pub struct ChatRequest {
     pub max_tokens: Option<u32>,
     /// Seed; not sent where `None`.
     pub seed: Option<u64>,
+    /// Reasoning models: how much. `max_tokens` is then sent as `max_completion_tokens`.
+    pub reasoning: Option<Reasoning>,
+    /// JSON schema that the reply must follow, with its name.
+    pub schema: Option<(String, Value)>,
+    /// Further fields of the body.
+    pub extra: Map<String, Value>,
     /// Which of several samples of the same request this is. Not sent, but part of the key.
     pub sample: u32,
 }
 
 impl ChatRequest {
-    /// The JSON body.
+    /// The JSON body in OpenAI's form.
     pub fn body(&self) -> Value {
         let mut body = Map::new();
         body.insert("model".into(), self.model.clone().into());
         body.insert("messages".into(), json!(self.messages));
+        let limit = if self.reasoning.is_some() { "max_completion_tokens" } else { "max_tokens" };
         let options = [
             ("temperature", self.temperature.map(Value::from)),
             ("top_p", self.top_p.map(Value::from)),
-            ("max_tokens", self.max_tokens.map(Value::from)),
+            (limit, self.max_tokens.map(Value::from)),
             ("seed", self.seed.map(|seed| Value::from(seed.wrapping_add(u64::from(self.sample))))),
+            ("reasoning_effort", self.effort()),
+            ("response_format", self.response_format()),
         ];
         body.extend(options.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))));
+        body.extend(self.extra.clone());
         body.into()
+    }
+
+    fn effort(&self) -> Option<Value> {
+        match self.reasoning.as_ref()? {
+            Reasoning::Effort(effort) => Some(effort.clone().into()),
+            Reasoning::Budget(_) => None,
+        }
+    }
+
+    fn response_format(&self) -> Option<Value> {
+        let (name, schema) = self.schema.as_ref()?;
+        Some(json!({
+            "type": "json_schema",
+            "json_schema": {"name": name, "strict": true, "schema": schema},
+        }))
     }
 
     /// Key of the whole request: equal keys mean equal bodies and the same sample.
     pub fn key(&self) -> String {
-        let identity = json!([self.body(), self.sample]);
+        let budget = match self.reasoning {
+            Some(Reasoning::Budget(tokens)) => Some(tokens),
+            _ => None,
+        };
+        let identity = match budget {
+            Some(tokens) => json!([self.body(), self.sample, tokens]),
+            None => json!([self.body(), self.sample]),
+        };
         blake3::hash(identity.to_string().as_bytes()).to_hex()[..32].to_string()
-    }
-}
-
-/// Token counts of a reply.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    /// Tokens of the request.
-    #[serde(default)]
-    pub prompt_tokens: u64,
-    /// Tokens of the reply.
-    #[serde(default)]
-    pub completion_tokens: u64,
-    /// Both.
-    #[serde(default)]
-    pub total_tokens: u64,
-}
-
-/// A raw chat completion.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Reply(pub Value);
-
-impl Reply {
-    /// Accepts a reply body that is a chat completion.
-    pub fn parse(body: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(body).map_err(|e| format!("reply is not JSON: {e}"))?;
-        let message = &value["choices"][0]["message"];
-        if message.is_object() {
-            Ok(Self(value))
-        } else {
-            Err("reply is no chat completion: no choices[0].message".into())
-        }
-    }
-
-    /// Text of the first choice; empty where the server sent none.
-    pub fn content(&self) -> &str {
-        self.0["choices"][0]["message"]["content"].as_str().unwrap_or("")
-    }
-
-    /// Why the model stopped.
-    pub fn finish_reason(&self) -> &str {
-        self.0["choices"][0]["finish_reason"].as_str().unwrap_or("")
-    }
-
-    /// The model declined to answer.
-    pub fn refusal(&self) -> Option<&str> {
-        self.0["choices"][0]["message"]["refusal"].as_str()
-    }
-
-    /// Token counts; zeros where the server sent none.
-    pub fn usage(&self) -> Usage {
-        serde_json::from_value(self.0["usage"].clone()).unwrap_or_default()
     }
 }
 
@@ -110,31 +112,43 @@ mod tests {
     use super::*;
 
     fn request() -> ChatRequest {
-        let messages = vec![ChatMessage { role: "user".into(), content: "Hi".into() }];
         ChatRequest {
             model: "m".into(),
-            messages,
+            messages: vec![ChatMessage::user("Hi")],
             temperature: Some(0.7),
-            top_p: None,
             max_tokens: Some(64),
-            seed: None,
-            sample: 0,
+            ..ChatRequest::default()
         }
     }
 
     #[test]
     fn every_part_of_a_request_is_in_its_key() {
         let base = request();
-        let mut others = vec![base.clone(); 6];
+        let mut others = vec![base.clone(); 10];
         others[0].model = "n".into();
         others[1].temperature = Some(0.8);
         others[2].top_p = Some(0.9);
         others[3].max_tokens = None;
         others[4].seed = Some(1);
         others[5].sample = 1;
+        others[6].reasoning = Some(Reasoning::Effort("low".into()));
+        others[7].reasoning = Some(Reasoning::Budget(2048));
+        others[8].schema = Some(("s".into(), json!({"type": "object"})));
+        others[9].extra.insert("top_k".into(), 5.into());
         assert_eq!(base.key(), request().key());
-        for other in others {
-            assert_ne!(base.key(), other.key(), "{other:?}");
-        }
+        let mut keys: Vec<String> = others.iter().map(ChatRequest::key).collect();
+        keys.push(base.key());
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 11);
+    }
+
+    #[test]
+    fn reasoning_models_get_their_own_fields() {
+        let mut request = request();
+        request.reasoning = Some(Reasoning::Effort("high".into()));
+        let body = request.body();
+        assert_eq!((&body["reasoning_effort"], &body["max_completion_tokens"]), (&json!("high"), &json!(64)));
+        assert!(body.get("max_tokens").is_none());
     }
 }

@@ -12,6 +12,11 @@ pub fn is_transient(status: u16) -> bool {
     matches!(status, 408 | 409 | 425 | 429) || (500..600).contains(&status)
 }
 
+/// True for statuses that say that the server has too much to do.
+pub fn is_overload(status: u16) -> bool {
+    matches!(status, 429 | 503 | 529)
+}
+
 /// `Retry-After` as seconds or as a date.
 pub fn retry_after(header: Option<&str>, now: SystemTime) -> Option<Duration> {
     let text = header?.trim();

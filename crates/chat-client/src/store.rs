@@ -1,29 +1,30 @@
-//! Replies on disk: an append-only log of JSON lines, written and synced by one thread in groups.
+//! Replies on disk: an append-only log of JSON lines with checksums, written and synced by one thread in groups, and
+//! an index beside it that makes the start instant. The log alone is the truth; the index can be deleted.
 
-use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::oneshot;
 
 use crate::Error;
+use crate::log::{self, Index, Place};
 
 const FILE: &str = "replies.jsonl";
 
 /// One line of the log.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StoredReply {
     /// Key of the request.
     pub key: String,
     /// The request's body.
-    pub request: Value,
+    pub request: Box<RawValue>,
     /// The reply's body, as it came.
-    pub reply: Value,
+    pub reply: Box<RawValue>,
     /// Milliseconds from sending the request to the whole reply.
     pub latency_ms: u64,
     /// Attempts it took.
@@ -32,8 +33,13 @@ pub struct StoredReply {
 
 type Ack = oneshot::Sender<Result<(), String>>;
 
-enum Job {
-    Append(Box<StoredReply>, Ack),
+/// What was found when the store was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Bytes of a last line that a crash had cut off; they are gone.
+    pub torn: usize,
+    /// Lines whose checksum is wrong; they stay in the file and count as not there.
+    pub damaged: usize,
 }
 
 /// The replies of one run directory. One process at a time holds it.
@@ -41,31 +47,31 @@ enum Job {
 pub struct ReplyStore {
     path: PathBuf,
     index: Arc<Mutex<Index>>,
-    jobs: Option<mpsc::Sender<Job>>,
+    reader: Mutex<File>,
+    jobs: Option<mpsc::Sender<(Box<StoredReply>, Ack)>>,
     writer: Option<JoinHandle<()>>,
 }
 
-/// Offset and length of each key's line.
-type Index = HashMap<String, (u64, usize)>;
-
 impl ReplyStore {
-    /// Opens or creates the store in `dir`. Returns the bytes of a torn last line that was cut off.
-    pub fn open(dir: &Path) -> Result<(Self, usize), Error> {
+    /// Opens or creates the store in `dir`.
+    pub fn open(dir: &Path) -> Result<(Self, Found), Error> {
         let path = dir.join(FILE);
         let failed = |reason: String| Error::Store { path: path.clone(), reason };
         fs::create_dir_all(dir).map_err(|e| failed(e.to_string()))?;
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(|e| failed(e.to_string()))?;
         file.try_lock().map_err(|_| failed("is in use by another run; wait for it or stop it".into()))?;
-        let (index, whole) = scan(&file).map_err(failed)?;
-        let torn = file.metadata().map_err(|e| failed(e.to_string()))?.len() - whole;
-        file.set_len(whole).map_err(|e| failed(e.to_string()))?;
-        file.seek(SeekFrom::Start(whole)).map_err(|e| failed(e.to_string()))?;
-        let index = Arc::new(Mutex::new(index));
+        let opened =
+            log::open(&mut file, &path.with_extension("index")).map_err(|e| failed(e.to_string()))?;
+        let found = Found { torn: opened.torn, damaged: opened.damaged };
+        let index = Arc::new(Mutex::new(opened.index));
         let (jobs, queue) = mpsc::channel();
         let shared = index.clone();
-        let writer = std::thread::spawn(move || write_groups(file, whole, &queue, &shared));
-        Ok((Self { path, index, jobs: Some(jobs), writer: Some(writer) }, torn as usize))
+        let reader = File::open(&path).map_err(|e| failed(e.to_string()))?;
+        let writer =
+            std::thread::spawn(move || write_groups(file, opened.index_file, opened.end, &queue, &shared));
+        let store = Self { path, index, reader: Mutex::new(reader), jobs: Some(jobs), writer: Some(writer) };
+        Ok((store, found))
     }
 
     /// Number of replies.
@@ -78,19 +84,31 @@ impl ReplyStore {
         self.len() == 0
     }
 
-    /// The reply to the request with this key.
+    /// True when the reply to the request with this key is there.
+    pub fn has(&self, key: &str) -> bool {
+        log::number(key).is_some_and(|key| lock(&self.index).contains_key(&key))
+    }
+
+    /// The reply to the request with this key; `None` too where its line is damaged.
     pub fn get(&self, key: &str) -> Result<Option<StoredReply>, Error> {
-        let Some((offset, len)) = lock(&self.index).get(key).copied() else { return Ok(None) };
-        let failed = |reason: String| Error::Store { path: self.path.clone(), reason };
-        let read = || -> std::io::Result<Vec<u8>> {
-            let mut file = File::open(&self.path)?;
-            file.seek(SeekFrom::Start(offset))?;
-            let mut line = vec![0; len];
-            file.read_exact(&mut line)?;
-            Ok(line)
+        let Some(place) = log::number(key).and_then(|key| lock(&self.index).get(&key).copied()) else {
+            return Ok(None);
         };
-        let line = read().map_err(|e| failed(e.to_string()))?;
-        serde_json::from_slice(&line).map(Some).map_err(|e| failed(format!("byte {offset}: {e}")))
+        let failed = |reason: String| Error::Store { path: self.path.clone(), reason };
+        let line = self.read(place).map_err(|e| failed(e.to_string()))?;
+        if !log::is_whole(&line) {
+            tracing::warn!(key, offset = place.offset, "a stored reply is damaged: it is asked for again");
+            return Ok(None);
+        }
+        serde_json::from_slice(&line).map(Some).map_err(|e| failed(format!("byte {}: {e}", place.offset)))
+    }
+
+    fn read(&self, place: Place) -> std::io::Result<Vec<u8>> {
+        let mut file = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(place.offset))?;
+        let mut line = vec![0; place.len as usize];
+        file.read_exact(&mut line)?;
+        Ok(line)
     }
 
     /// Stores a reply; when this returns it is on the disk.
@@ -98,7 +116,7 @@ impl ReplyStore {
         let failed = |reason: String| Error::Store { path: self.path.clone(), reason };
         let (ack, done) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(|| failed("is closed".into()))?;
-        jobs.send(Job::Append(Box::new(reply), ack)).map_err(|_| failed("its writer has ended".into()))?;
+        jobs.send((Box::new(reply), ack)).map_err(|_| failed("its writer has ended".into()))?;
         done.await.map_err(|_| failed("its writer has ended".into()))?.map_err(failed)
     }
 }
@@ -117,43 +135,28 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Finds every whole line; returns where each key's line is, and where the last whole line ends.
-fn scan(file: &File) -> Result<(Index, u64), String> {
-    #[derive(Deserialize)]
-    struct Key {
-        key: String,
-    }
-    let (mut index, mut offset) = (HashMap::new(), 0_u64);
-    let mut reader = BufReader::new(file);
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let len = reader.read_until(b'\n', &mut line).map_err(|e| e.to_string())?;
-        if len == 0 || line.last() != Some(&b'\n') {
-            break;
-        }
-        let Key { key } =
-            serde_json::from_slice(&line).map_err(|e| format!("line {number} is damaged: {e}"))?;
-        index.insert(key, (offset, len));
-        offset += len as u64;
-    }
-    Ok((index, offset))
-}
-
 /// Writes what has come in the meantime in one go, syncs once, and tells everyone who waits.
-fn write_groups(mut file: File, mut offset: u64, queue: &mpsc::Receiver<Job>, index: &Mutex<Index>) {
+fn write_groups(
+    mut file: File,
+    mut index_file: File,
+    mut offset: u64,
+    queue: &mpsc::Receiver<(Box<StoredReply>, Ack)>,
+    index: &Mutex<Index>,
+) {
     while let Ok(first) = queue.recv() {
         let (mut bytes, mut places, mut acks) = (Vec::new(), Vec::new(), Vec::new());
-        for Job::Append(reply, ack) in std::iter::once(first).chain(queue.try_iter()) {
+        for (reply, ack) in std::iter::once(first).chain(queue.try_iter()) {
             let start = bytes.len();
-            serde_json::to_writer(&mut bytes, &reply).expect("a reply serialises");
-            bytes.push(b'\n');
-            places.push((reply.key, (offset + start as u64, bytes.len() - start)));
+            log::push_line(&mut bytes, &reply);
+            let key = log::number(&reply.key).unwrap_or_default();
+            places.push((key, Place { offset: offset + start as u64, len: (bytes.len() - start) as u32 }));
             acks.push(ack);
         }
         let result = file.write_all(&bytes).and_then(|()| file.sync_data()).map_err(|e| e.to_string());
         if result.is_ok() {
             offset += bytes.len() as u64;
+            // What the index lacks is read from the log at the next start.
+            index_file.write_all(&log::records(&places)).ok();
             lock(index).extend(places);
         } else {
             // Whatever part was written is not whole; the next group starts where this one did.

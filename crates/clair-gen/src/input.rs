@@ -1,4 +1,4 @@
-//! Input rows: a prompt and the target model's answer.
+//! Input rows: a prompt and the target model's answers.
 
 use std::path::Path;
 
@@ -7,15 +7,19 @@ use chat_client::ChatMessage;
 use pref_data::{read_jsonl, row_id};
 use serde_json::Value;
 
-/// One answer to revise.
+use crate::args::Method;
+
+/// A task with answers to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
     /// The `id` column, or the row's number from 0.
     pub id: String,
     /// The conversation up to the answer.
     pub messages: Vec<ChatMessage>,
-    /// The answer.
-    pub response: String,
+    /// The answers: column `response`, or `responses`.
+    pub responses: Vec<String>,
+    /// Scores of the answers, where the row has them.
+    pub scores: Vec<f64>,
 }
 
 impl Answer {
@@ -26,19 +30,25 @@ impl Answer {
             all => all.iter().map(|m| format!("{}: {}", m.role, m.content)).collect::<Vec<_>>().join("\n\n"),
         }
     }
+
+    /// The first answer.
+    pub fn response(&self) -> &str {
+        self.responses.first().map_or("", String::as_str)
+    }
 }
 
-/// Reads rows `{"prompt": text or messages, "response": text, "id": optional}`.
-pub fn read(path: &Path) -> Result<Vec<Answer>> {
+/// Reads rows `{"prompt": text or messages, "response": text or "responses": [text …], "scores": [number …] where
+/// known, "id": optional}`, and checks that they have what the methods need.
+pub fn read(path: &Path, methods: &[Method]) -> Result<Vec<Answer>> {
     let rows = read_jsonl(path)?;
     if rows.is_empty() {
         bail!("{}: holds no rows", path.display());
     }
     let mut seen = std::collections::HashSet::new();
     let answers = rows.into_iter().enumerate().map(|(number, (line, row))| {
-        let answer = parse(&row, number)
-            .map_err(anyhow::Error::msg)
-            .with_context(|| format!("{}:{line}", path.display()))?;
+        let answer = parse(&row, number).and_then(|answer| check(answer, methods));
+        let answer =
+            answer.map_err(anyhow::Error::msg).with_context(|| format!("{}:{line}", path.display()))?;
         if !seen.insert(answer.id.clone()) {
             bail!("{}:{line}: the id {:?} stands twice; ids must be unique", path.display(), answer.id);
         }
@@ -47,11 +57,19 @@ pub fn read(path: &Path) -> Result<Vec<Answer>> {
     answers.collect()
 }
 
+fn check(answer: Answer, methods: &[Method]) -> Result<Answer, String> {
+    let judges = methods.iter().any(|method| matches!(method, Method::Judge | Method::JudgeOffpolicy));
+    if judges && answer.responses.len() < 2 {
+        return Err("a judge needs two or more answers: column \"responses\" with a list of texts".into());
+    }
+    Ok(answer)
+}
+
 fn parse(row: &Value, number: usize) -> Result<Answer, String> {
     let columns = || row.as_object().map(|map| map.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
     let prompt = &row["prompt"];
     let messages = match prompt {
-        Value::String(text) => vec![ChatMessage { role: "user".into(), content: text.clone() }],
+        Value::String(text) => vec![ChatMessage::user(text)],
         Value::Array(_) => serde_json::from_value(prompt.clone())
             .map_err(|e| format!("column \"prompt\" is no list of messages with role and content: {e}"))?,
         _ => {
@@ -61,12 +79,50 @@ fn parse(row: &Value, number: usize) -> Result<Answer, String> {
     if messages.is_empty() {
         return Err("column \"prompt\" is an empty list".into());
     }
-    let response = row["response"].as_str().ok_or_else(|| {
-        format!(
-            "no column \"response\" with the answer's text; found columns {:?} (make answers with `sample`)",
-            columns()
-        )
-    })?;
+    let responses: Vec<String> = match (&row["response"], &row["responses"]) {
+        (Value::String(text), Value::Null) => vec![text.clone()],
+        (_, list @ Value::Array(all)) if !all.is_empty() => serde_json::from_value(list.clone())
+            .map_err(|_| "column \"responses\" is no list of texts".to_string())?,
+        _ => {
+            return Err(format!(
+                "no column \"response\" with the answer's text; found columns {:?} (make answers with `sample`)",
+                columns()
+            ));
+        }
+    };
+    let scores: Vec<f64> = match &row["scores"] {
+        Value::Null => Vec::new(),
+        list => serde_json::from_value(list.clone())
+            .map_err(|_| "column \"scores\" is no list of numbers".to_string())?,
+    };
+    if !scores.is_empty() && scores.len() != responses.len() {
+        return Err(format!("{} scores for {} responses", scores.len(), responses.len()));
+    }
     let id = row_id(row.get("id"), number);
-    Ok(Answer { id, messages, response: response.into() })
+    Ok(Answer { id, messages, responses, scores })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn rows_are_read_and_checked() {
+        let row = json!({"prompt": "p", "responses": ["a", "b"], "scores": [1, 2.5]});
+        let answer = parse(&row, 7).unwrap();
+        assert_eq!((answer.id.as_str(), answer.response(), &answer.scores[..]), ("7", "a", &[1.0, 2.5][..]));
+        for (row, part) in [
+            (json!({"prompt": "p"}), "no column \"response\""),
+            (json!({"prompt": "p", "responses": []}), "no column \"response\""),
+            (json!({"prompt": "p", "responses": ["a", 1]}), "no list of texts"),
+            (json!({"prompt": "p", "responses": ["a"], "scores": [1, 2]}), "2 scores for 1"),
+            (json!({"prompt": [], "response": "a"}), "empty list"),
+        ] {
+            let error = parse(&row, 0).unwrap_err();
+            assert!(error.contains(part), "{row}: {error}");
+        }
+        let one = parse(&json!({"prompt": "p", "response": "a"}), 0).unwrap();
+        assert!(check(one.clone(), &[Method::Judge]).is_err() && check(one, &[Method::Clair]).is_ok());
+    }
 }

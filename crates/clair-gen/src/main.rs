@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clair_gen::args::Args;
-use clair_gen::run::{Outcome, generate};
+use clair_gen::run::{Finished, Outcome, generate};
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
@@ -11,46 +11,34 @@ use tracing_subscriber::EnvFilter;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
-#[allow(clippy::print_stderr)]
+#[allow(clippy::print_stderr, clippy::print_stdout)]
 async fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     // Only fails when a provider is there already.
     rustls::crypto::ring::default_provider().install_default().ok();
-    let interrupted = async {
-        tokio::signal::ctrl_c().await.ok();
-        eprintln!("interrupt: waiting for the requests in flight; press Ctrl-C again to stop at once");
-        tokio::spawn(async {
-            tokio::signal::ctrl_c().await.ok();
-            std::process::exit(130);
-        });
-    };
-    match generate(&args, interrupted).await {
-        Ok(Outcome::Done(report)) => {
-            let replies = format!(
-                "{} new replies, {} recorded or stored before",
-                report.from_server, report.from_store
-            );
-            eprintln!(
-                "{} pairs, {} failed ({replies}) in {}",
-                report.pairs,
-                report.failed,
-                args.out.display()
-            );
-            for (reason, count) in &report.reasons {
-                eprintln!("  {reason}: {count}");
-            }
-            if report.pairs == 0 {
-                eprintln!("error: no pair could be made; see {}", args.out.join("failed.jsonl").display());
-                return ExitCode::from(1);
-            }
+    match generate(&args, interrupted()).await {
+        Ok(Outcome::Done(sets)) => done(&sets),
+        Ok(Outcome::Planned(estimate)) => {
+            println!("{estimate}");
             ExitCode::SUCCESS
         }
-        Ok(Outcome::Interrupted { answered, total }) => {
-            eprintln!(
-                "interrupted: {answered} of {total} answered and stored; run the same command to go on"
+        Ok(Outcome::Cancelled { batches }) => {
+            println!(
+                "{batches} batches are being cancelled; what they have finished is fetched by the next run"
             );
+            ExitCode::SUCCESS
+        }
+        Ok(Outcome::Stopped { done, total, cost: true }) => {
+            eprintln!(
+                "stopped before --max-cost would be passed: {done} of {total} rows are done and stored; run the same \
+                 command with a higher --max-cost to go on"
+            );
+            ExitCode::from(1)
+        }
+        Ok(Outcome::Stopped { done, total, cost: false }) => {
+            eprintln!("interrupted: {done} of {total} answered and stored; run the same command to go on");
             ExitCode::from(130)
         }
         Err(error) => {
@@ -58,4 +46,38 @@ async fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// Resolves at the first Ctrl-C; the second one ends the process.
+#[allow(clippy::print_stderr)]
+async fn interrupted() {
+    tokio::signal::ctrl_c().await.ok();
+    eprintln!("interrupt: waiting for the requests in flight; press Ctrl-C again to stop at once");
+    tokio::spawn(async {
+        tokio::signal::ctrl_c().await.ok();
+        std::process::exit(130);
+    });
+}
+
+#[allow(clippy::print_stderr)]
+fn done(sets: &[Finished]) -> ExitCode {
+    for Finished { method, dir, report } in sets {
+        let cost = report.cost.map_or(String::new(), |cost| format!(", ${cost:.2}"));
+        eprintln!(
+            "{}: {} pairs, {} failed ({} new replies, {} recorded or stored before{cost}) in {}",
+            method.name(),
+            report.pairs,
+            report.failed,
+            report.from_server,
+            report.from_store,
+            dir.display()
+        );
+        for (reason, count) in &report.reasons {
+            eprintln!("  {reason}: {count}");
+        }
+        if report.pairs == 0 {
+            eprintln!("error: no pair could be made; see {}", dir.join("failed.jsonl").display());
+        }
+    }
+    if sets.iter().any(|set| set.report.pairs == 0) { ExitCode::from(1) } else { ExitCode::SUCCESS }
 }

@@ -11,7 +11,12 @@ use chat_client::Reply;
 use pref_data::read_jsonl;
 use serde_json::Value;
 
+use crate::asker::Spent;
 use crate::input::Answer;
+use crate::methods::Row;
+use crate::output::{Failed, Pair};
+use crate::parse::checks::Around;
+use crate::parse::{self, Form};
 
 /// Recorded replies by task and answer, and by id.
 #[derive(Debug, Default)]
@@ -47,6 +52,30 @@ impl Replay {
 
     /// The recorded reply to an answer.
     pub fn get(&self, answer: &Answer) -> Option<&Reply> {
-        self.by_text.get(&(answer.prompt(), answer.response.clone())).or_else(|| self.by_id.get(&answer.id))
+        let text = (answer.prompt(), answer.response().to_string());
+        self.by_text.get(&text).or_else(|| self.by_id.get(&answer.id))
+    }
+
+    /// The pair that the recorded reply gives.
+    pub fn row(&self, answer: Answer, spent: &mut Spent) -> Row {
+        let failed = |reason: &str, attempts: u32, last: String| {
+            let (id, reason) = (answer.id.clone(), reason.into());
+            Row::Failed(Failed { id, reason, attempts, last_error: last })
+        };
+        let Some(reply) = self.get(&answer) else {
+            let last = "the replay file holds no reply to this prompt and answer";
+            return failed("not_recorded", 0, last.into());
+        };
+        spent.usage += reply.usage();
+        let prompt = answer.prompt();
+        let around = Around { prompt: &prompt, answer: answer.response() };
+        match parse::revision(reply, Form::Markers, around) {
+            Ok(revision) => {
+                let rejected = answer.response().to_string();
+                let pair = Pair::new(answer, revision.text, rejected, *spent).finished(reply);
+                Row::Pair(Box::new(Pair { rational: revision.reasoning, ..pair }))
+            }
+            Err(reason) => failed(reason.name(), 1, reply.content().chars().take(200).collect()),
+        }
     }
 }

@@ -1,52 +1,72 @@
-//! The whole run: read answers, get a reply to each, parse, write.
+//! The whole run: read rows, make a pair of each, write.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::fs;
-use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use chat_client::{ChatMessage, ChatRequest, Client, Error, Reply, ReplyStore, Settings, Source, api_key};
-use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use chat_client::{Closed, Counts};
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::args::{Args, Resume};
+use crate::args::{Args, Method};
+use crate::asker::Spent;
+use crate::estimate::Estimate;
 use crate::input::{self, Answer};
+use crate::methods::{Methods, Row};
 use crate::output::{self, Failed, Pair};
-use crate::parse::parse_reply;
-use crate::prompt::{CLAIR, Prompt};
+use crate::progress::Progress;
 use crate::replay::Replay;
 use crate::report::{self, Report};
+use crate::setup;
+
+/// Rows that are begun at a time: enough to keep every call in flight busy, few enough to fit in memory.
+const BEGUN: usize = 4096;
+
+/// Rows before a failure rate means anything.
+const FEW: usize = 20;
 
 /// How a run ended.
 #[derive(Debug)]
 pub enum Outcome {
     /// The output directory is complete.
-    Done(Report),
-    /// Stopped by the user; everything that was answered is stored.
-    Interrupted {
-        /// Answers that have their reply.
-        answered: usize,
-        /// All answers.
+    Done(Vec<Finished>),
+    /// Stopped by the user, or at the most that may be spent; everything that was answered is stored.
+    Stopped {
+        /// Rows that are done.
+        done: usize,
+        /// All rows.
         total: usize,
+        /// The money was the reason.
+        cost: bool,
     },
+    /// `--batch-cancel`.
+    Cancelled {
+        /// Batches that the server was asked to cancel.
+        batches: usize,
+    },
+    /// `--dry-run`: what the run would take.
+    Planned(Estimate),
 }
 
-/// What became of one answer.
-enum Row {
-    Pair(Box<Pair>),
-    Failed(Failed),
-    Skipped,
+/// The set of one method.
+#[derive(Debug)]
+pub struct Finished {
+    /// How it was made.
+    pub method: Method,
+    /// Where it is.
+    pub dir: PathBuf,
+    /// What it holds.
+    pub report: Report,
 }
 
-/// One answer's result with the number of replies that were new and that were stored.
-struct Finished {
-    index: usize,
+/// One row of one method, done.
+struct Done {
+    place: (usize, usize),
     row: Row,
-    from_server: usize,
-    from_store: usize,
+    spent: Spent,
 }
 
 /// Makes the pairs. `interrupted` resolves when the user wants to stop.
@@ -54,276 +74,229 @@ pub async fn generate(
     args: &Args,
     interrupted: impl Future<Output = ()> + Send + 'static,
 ) -> Result<Outcome> {
-    for (name, value) in [("temperature", args.temperature), ("top-p", args.top_p)] {
-        if value.is_some_and(|value| !value.is_finite() || value < 0.0) {
-            bail!("--{name} must be a number of 0 or more");
-        }
-    }
-    let answers = input::read(&args.input)?;
+    let answers = input::read(&args.input, &args.method)?;
+    setup::check(args, &answers)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
-    let finished = match &args.replay {
-        Some(path) => replayed(&Replay::read(path)?, answers.clone()),
-        None => asked(args, answers.clone(), interrupted).await?,
+    let methods = setup::methods(args).await?;
+    if let Some(asker) = &methods.asker {
+        if args.server.batch_cancel {
+            return Ok(Outcome::Cancelled { batches: asker.client.cancel_batches().await? });
+        }
+        let estimate = Estimate::new(&methods, asker, &args.method, &answers)?;
+        if args.dry_run {
+            return Ok(Outcome::Planned(estimate));
+        }
+        tell(&estimate.to_string());
+    }
+    let methods = Arc::new(methods);
+    let (done, counts) = match &args.replay {
+        Some(path) => (replayed(&methods, &Replay::read(path)?, answers.clone()), Counts::default()),
+        None => asked(args, &methods, &answers, interrupted).await?,
     };
-    let answered = finished.iter().filter(|f| !matches!(f.row, Row::Skipped)).count();
-    if answered < answers.len() {
-        return Ok(Outcome::Interrupted { answered, total: answers.len() });
+    let total = answers.len() * args.method.len();
+    let finished = done.iter().filter(|done| !matches!(done.row, Row::Stopped)).count();
+    if finished < total {
+        let cost = methods.asker.as_ref().is_some_and(|asker| asker.client.closed() == Closed::Cost);
+        return Ok(Outcome::Stopped { done: finished, total, cost });
     }
-    let from_server = finished.iter().map(|f| f.from_server).sum();
-    let from_store = finished.iter().map(|f| f.from_store).sum();
-    let mut by_index: HashMap<usize, Row> = finished.into_iter().map(|f| (f.index, f.row)).collect();
-    let (mut pairs, mut failed) = (Vec::new(), Vec::new());
-    for index in 0..answers.len() {
-        match by_index.remove(&index) {
-            Some(Row::Pair(pair)) => pairs.push(*pair),
-            Some(Row::Failed(failure)) => failed.push(failure),
-            Some(Row::Skipped) | None => bail!("row {index} was lost; this is a bug"),
+    write(args, done, &counts)
+}
+
+#[allow(clippy::print_stderr)]
+fn tell(line: &str) {
+    eprintln!("{line}");
+}
+
+fn write(args: &Args, mut done: Vec<Done>, counts: &Counts) -> Result<Outcome> {
+    done.sort_unstable_by_key(|done| done.place);
+    let mut sets: Vec<(Vec<Pair>, Vec<Failed>, Spent)> =
+        args.method.iter().map(|_| Default::default()).collect();
+    for Done { place, row, spent } in done {
+        let (pairs, failed, all) = &mut sets[place.0];
+        all.usage += spent.usage;
+        all.from_server += spent.from_server;
+        all.from_store += spent.from_store;
+        match row {
+            Row::Pair(pair) => pairs.push(*pair),
+            Row::Failed(failure) => failed.push(failure),
+            Row::Stopped => bail!("row {} was lost; this is a bug", place.1),
         }
     }
-    // The manifest says that the rest is whole: it goes before anything is replaced.
-    match fs::remove_file(args.out.join("manifest.json")) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error)
-                .with_context(|| format!("{}: cannot replace manifest.json", args.out.display()));
+    let price = args.server.model.as_deref().map(|model| setup::price(args, model)).transpose()?.flatten();
+    let mut finished = Vec::new();
+    for (&method, (pairs, failed, spent)) in args.method.iter().zip(sets) {
+        let dir = if args.method.len() > 1 { args.out.join(method.name()) } else { args.out.clone() };
+        fs::create_dir_all(&dir).with_context(|| format!("{}: cannot create", dir.display()))?;
+        // The manifest says that the rest is whole: it goes before anything is replaced.
+        match fs::remove_file(dir.join("manifest.json")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error)
+                    .with_context(|| format!("{}: cannot replace manifest.json", dir.display()));
+            }
+            _ => {}
         }
-        _ => {}
+        let report = Report::new(method, &pairs, &failed, spent, price, counts);
+        report::write(&dir, &report, &pairs, &failed)?;
+        output::write(&dir, method, &pairs, &failed, &about(args, method))?;
+        finished.push(Finished { method, dir, report });
     }
-    let report = report::summarize(&pairs, &failed, from_store, from_server);
-    report::write(&args.out, &report, &pairs, &failed)?;
-    let about = json!({
+    Ok(Outcome::Done(finished))
+}
+
+fn about(args: &Args, method: Method) -> Value {
+    json!({
         "tool": concat!("clair-gen ", env!("CARGO_PKG_VERSION")),
-        "method": "clair",
+        "method": method.name(),
         "input": args.input,
-        "endpoint": args.endpoint,
-        "model": args.model,
+        "endpoint": args.server.endpoint,
+        "model": args.server.model,
+        "judge_model": args.asking.judge_model,
         "replay": args.replay,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_tokens": args.max_tokens,
-        "seed": args.seed,
-    });
-    output::write(&args.out, &pairs, &failed, &about)?;
-    Ok(Outcome::Done(report))
+        "temperature": args.asking.temperature,
+        "top_p": args.asking.top_p,
+        "max_tokens": args.asking.max_tokens,
+        "seed": args.asking.seed,
+    })
 }
 
-fn replayed(replay: &Replay, answers: Vec<Answer>) -> Vec<Finished> {
-    let row = |answer: Answer| match replay.get(&answer) {
-        Some(reply) => judge(answer, reply, 0, 1),
-        None => Row::Failed(Failed {
-            id: answer.id,
-            reason: "not_recorded".into(),
-            attempts: 0,
-            last_error: "the replay file holds no reply to this prompt and answer".into(),
-        }),
+fn replayed(methods: &Methods, replay: &Replay, answers: Vec<Answer>) -> Vec<Done> {
+    let done = |(index, answer): (usize, Answer)| {
+        let mut spent = Spent { from_store: 1, ..Spent::default() };
+        let row = methods.gated(replay.row(answer, &mut spent));
+        Done { place: (0, index), row, spent }
     };
-    let finished = |(index, answer)| Finished { index, row: row(answer), from_server: 0, from_store: 1 };
-    answers.into_iter().enumerate().map(finished).collect()
+    answers.into_iter().enumerate().map(done).collect()
 }
 
-fn judge(answer: Answer, reply: &Reply, latency_ms: u64, attempts: u32) -> Row {
-    match parse_reply(reply, &answer.response) {
-        Ok(revision) => Row::Pair(Box::new(Pair {
-            revision,
-            finish_reason: reply.finish_reason().into(),
-            usage: reply.usage(),
-            latency_ms,
-            answer,
-        })),
-        Err(reason) => Row::Failed(Failed {
-            id: answer.id,
-            reason: reason.name().into(),
-            attempts,
-            last_error: reply.content().chars().take(200).collect(),
-        }),
-    }
-}
+/// Rows with their methods, in the order in which they are begun.
+type Waiting = VecDeque<(usize, usize)>;
 
 async fn asked(
     args: &Args,
-    answers: Vec<Answer>,
+    methods: &Arc<Methods>,
+    answers: &[Answer],
     interrupted: impl Future<Output = ()> + Send + 'static,
-) -> Result<Vec<Finished>> {
-    let teacher = Arc::new(Teacher::new(args)?);
-    let stopper = teacher.clone();
+) -> Result<(Vec<Done>, Counts)> {
+    let stopper = methods.clone();
     let listener = tokio::spawn(async move {
         interrupted.await;
-        stopper.client.close();
+        if let Some(asker) = &stopper.asker {
+            asker.client.close();
+        }
     });
-    let progress = Progress::new(answers.len());
+    // Row by row, so that a set of every method is there for the rows that are.
+    let mut waiting: Waiting =
+        (0..answers.len()).flat_map(|row| (0..args.method.len()).map(move |method| (method, row))).collect();
+    let most = if args.server.batch_api { usize::MAX } else { BEGUN };
+    let mut run = Run::new(args, methods, waiting.len());
     let mut tasks = JoinSet::new();
-    for (index, answer) in answers.into_iter().enumerate() {
-        let teacher = teacher.clone();
-        tasks.spawn(async move { teacher.revise(index, answer).await });
-    }
-    let mut finished = Vec::new();
-    let mut fatal = None;
-    while let Some(result) = tasks.join_next().await {
-        match result.context("a task panicked; this is a bug")? {
-            Ok(done) => {
-                progress.tell(&done.row);
-                finished.push(done);
-            }
-            // One row's setup error is everyone's: stop, but let what is in flight be stored.
-            Err(error) => {
-                teacher.client.close();
-                fatal.get_or_insert(error);
-            }
+    let mut ticks = tokio::time::interval(Duration::from_millis(250));
+    loop {
+        while tasks.len() < most
+            && let Some(place) = waiting.pop_front()
+        {
+            let (methods, method, answer) = (methods.clone(), args.method[place.0], answers[place.1].clone());
+            tasks.spawn(async move {
+                let mut spent = Spent::default();
+                let row = methods.make(method, answer, &mut spent).await;
+                row.map(|row| Done { place, row, spent })
+            });
+        }
+        tokio::select! {
+            joined = tasks.join_next() => match joined {
+                Some(result) => run.take(result.context("a task panicked; this is a bug")?),
+                None => break,
+            },
+            _ = ticks.tick() => run.tell(),
         }
     }
     listener.abort();
-    progress.finish();
-    match fatal {
-        Some(error) => Err(error),
-        None => Ok(finished),
+    run.finish()
+}
+
+/// What has come in so far.
+struct Run<'a> {
+    methods: &'a Methods,
+    done: Vec<Done>,
+    progress: Progress,
+    most_failures: f64,
+    tried: usize,
+    failures: usize,
+    fatal: Option<anyhow::Error>,
+}
+
+impl<'a> Run<'a> {
+    fn new(args: &Args, methods: &'a Methods, total: usize) -> Self {
+        Self {
+            methods,
+            done: Vec::with_capacity(total),
+            progress: Progress::new(total),
+            most_failures: args.max_failure_rate.unwrap_or(0.5),
+            tried: 0,
+            failures: 0,
+            fatal: None,
+        }
     }
-}
 
-/// The teacher: how an answer is put to it, and how often.
-struct Teacher {
-    client: Client,
-    prompt: Prompt,
-    request: ChatRequest,
-    form_retries: u32,
-}
+    fn counts(&self) -> Counts {
+        self.methods.asker.as_ref().map(|asker| asker.client.counts()).unwrap_or_default()
+    }
 
-impl Teacher {
-    fn new(args: &Args) -> Result<Self> {
-        let endpoint = args.endpoint.clone().context("--endpoint is required")?;
-        let model = args.model.clone().context("--model is required with --endpoint")?;
-        let source = match &args.prompt_file {
-            Some(path) => {
-                fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?
+    fn tell(&mut self) {
+        let counts = self.counts();
+        self.progress.tell(&counts);
+    }
+
+    fn take(&mut self, result: Result<Done>) {
+        match result {
+            Ok(done) => {
+                self.progress.count(&done.row);
+                self.watch(&done);
+                self.done.push(done);
             }
-            None => CLAIR.to_string(),
+            Err(error) => self.stop(error),
+        }
+    }
+
+    /// One row's wrong set-up is everyone's: stop, but let what is in flight be stored.
+    fn stop(&mut self, error: anyhow::Error) {
+        if let Some(asker) = &self.methods.asker {
+            asker.client.close();
+        }
+        self.fatal.get_or_insert(error);
+    }
+
+    /// Rows that were asked now, and what became of them. What a gate or a judge refuses is no failure.
+    fn watch(&mut self, done: &Done) {
+        let failure = match &done.row {
+            Row::Failed(failed) => (done.spent.from_server > 0 || failed.attempts > 0).then_some(failed),
+            _ => None,
         };
-        let seconds = |value: Option<f64>, default: f64, name: &str| {
-            Duration::try_from_secs_f64(value.unwrap_or(default))
-                .with_context(|| format!("--{name} is no duration"))
-        };
-        let settings = Settings {
-            endpoint,
-            api_key: api_key(args.api_key_env.as_deref())?,
-            max_in_flight: args.max_in_flight.unwrap_or(32).max(1),
-            retries: args.retries.unwrap_or(8),
-            timeout: seconds(args.timeout, 600.0, "timeout")?,
-            backoff: seconds(args.backoff, 0.5, "backoff")?,
-        };
-        let (store, torn) = ReplyStore::open(&args.out.join("replies"))?;
-        if torn > 0 {
-            tracing::warn!(
-                "the last stored reply was cut off by a crash ({torn} bytes); it will be asked for again"
+        self.tried += usize::from(done.spent.from_server > 0 || failure.is_some());
+        let Some(failed) = failure.filter(|failed| failed.attempts > 0) else { return };
+        self.failures += 1;
+        let share = self.failures as f64 / self.tried as f64;
+        if self.tried >= FEW && share > self.most_failures {
+            let error = anyhow::anyhow!(
+                "{} of {} rows failed, more than --max-failure-rate {} allows; the last one: {} ({}); what was \
+                 answered is stored: mend the cause and run the same command again, with --retry-failed for replies \
+                 that could not be used",
+                self.failures,
+                self.tried,
+                self.most_failures,
+                failed.reason,
+                failed.last_error
             );
-        }
-        if args.resume == Resume::Never && !store.is_empty() {
-            bail!(
-                "{}: holds {} stored replies and --resume never was given; choose another --out or leave it out",
-                args.out.display(),
-                store.len()
-            );
-        }
-        let request = ChatRequest {
-            model,
-            messages: Vec::new(),
-            temperature: args.temperature,
-            top_p: args.top_p,
-            max_tokens: args.max_tokens,
-            seed: args.seed,
-            sample: 0,
-        };
-        Ok(Self {
-            client: Client::new(settings, store)?,
-            prompt: Prompt::new(&source)?,
-            request,
-            form_retries: args.form_retries.unwrap_or(4),
-        })
-    }
-
-    /// Asks until a reply keeps to the form, the retries are used up, or nothing more can be asked.
-    async fn revise(&self, index: usize, answer: Answer) -> Result<Finished> {
-        let content = self.prompt.render(&answer)?;
-        let messages = vec![ChatMessage { role: "user".into(), content }];
-        let mut finished = Finished { index, row: Row::Skipped, from_server: 0, from_store: 0 };
-        for sample in 0..=self.form_retries {
-            let request = ChatRequest { messages: messages.clone(), sample, ..self.request.clone() };
-            let stored = match self.client.complete(&request).await {
-                Ok(Some(stored)) => stored,
-                // Interrupted before it could be asked: an earlier failure of form stands no more.
-                Ok(None) => {
-                    finished.row = Row::Skipped;
-                    break;
-                }
-                Err(error) if error.is_setup() => return Err(explain(error)),
-                Err(error) => {
-                    finished.row = Row::Failed(Failed {
-                        id: answer.id.clone(),
-                        reason: "request_failed".into(),
-                        attempts: error.attempts(),
-                        last_error: error.to_string(),
-                    });
-                    break;
-                }
-            };
-            match stored.source {
-                Source::Server => finished.from_server += 1,
-                Source::Store => finished.from_store += 1,
-            }
-            finished.row = judge(answer.clone(), &stored.reply, stored.latency_ms, sample + 1);
-            let form = parse_reply(&stored.reply, &answer.response).is_err_and(crate::parse::Reason::is_form);
-            if !form {
-                break;
-            }
-        }
-        Ok(finished)
-    }
-}
-
-fn explain(error: Error) -> anyhow::Error {
-    let hint = match &error {
-        Error::Refused { status: 401 | 403, .. } => {
-            "check the key in the environment variable (--api-key-env)"
-        }
-        Error::Refused { status: 404, .. } => "check --endpoint (it should end in /v1) and --model",
-        Error::GaveUp { .. } => "is the server running, and is --endpoint right?",
-        _ => return error.into(),
-    };
-    anyhow::Error::new(error).context(format!("the run cannot go on; {hint}"))
-}
-
-struct Progress {
-    bar: Option<ProgressBar>,
-    total: usize,
-    counts: std::cell::Cell<(usize, usize)>,
-}
-
-impl Progress {
-    fn new(total: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("revise {bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}");
-            ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        });
-        Self { bar, total, counts: std::cell::Cell::new((0, 0)) }
-    }
-
-    #[allow(clippy::print_stderr)]
-    fn tell(&self, row: &Row) {
-        let (mut done, mut failed) = self.counts.get();
-        match row {
-            Row::Pair(_) => done += 1,
-            Row::Failed(_) => failed += 1,
-            Row::Skipped => {}
-        }
-        self.counts.set((done, failed));
-        if let Some(bar) = &self.bar {
-            bar.set_position((done + failed) as u64);
-            bar.set_message(format!("{failed} failed"));
-        } else if (done + failed).is_multiple_of((self.total / 20).max(1)) {
-            eprintln!("revise {}/{} | {failed} failed", done + failed, self.total);
+            self.stop(error);
         }
     }
 
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+    fn finish(self) -> Result<(Vec<Done>, Counts)> {
+        let counts = self.counts();
+        self.progress.finish();
+        match self.fatal {
+            Some(error) => Err(error),
+            None => Ok((self.done, counts)),
         }
     }
 }

@@ -69,6 +69,9 @@ pub struct SampleArgs {
     /// Seed; each row has its own stream of it.
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Answers to each prompt, in the column `responses` (for `generate-clair --method judge`).
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub samples: usize,
     /// Tokens of all sequences that run together [default: 8192].
     #[arg(long, value_name = "N", conflicts_with = "endpoint")]
     pub batch_tokens: Option<usize>,

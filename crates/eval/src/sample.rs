@@ -79,13 +79,14 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
 /// written in the order of the prompts.
 pub struct Answers {
     path: PathBuf,
+    samples: usize,
     done: HashMap<String, Value>,
     log: JsonlAppender,
 }
 
 impl Answers {
     /// Opens the file; answers made by an earlier run with the same settings to the same prompts are kept.
-    pub fn open(path: &Path, settings: &Value, prompts: &[Prompt]) -> Result<Self> {
+    pub fn open(path: &Path, settings: &Value, prompts: &[Prompt], samples: usize) -> Result<Self> {
         if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
             fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
         }
@@ -113,6 +114,7 @@ impl Answers {
         let known: HashMap<&str, &Value> =
             prompts.iter().map(|prompt| (prompt.id.as_str(), &prompt.row["prompt"])).collect();
         let mut done = HashMap::new();
+        let rows = rows.into_iter().flat_map(|(line, row)| apart(row, samples).map(move |row| (line, row)));
         for (line, row) in rows {
             let id = row["id"].as_str().unwrap_or_default().to_string();
             if known.get(id.as_str()) != Some(&&row["prompt"]) {
@@ -124,7 +126,7 @@ impl Answers {
             }
             done.insert(id, row);
         }
-        Ok(Self { path: path.into(), done, log })
+        Ok(Self { path: path.into(), samples, done, log })
     }
 
     /// True when the prompt has its answer.
@@ -154,21 +156,80 @@ impl Answers {
         Ok(())
     }
 
-    /// Puts the file into the order of the prompts.
+    /// Puts the file into the order of the prompts, the samples of each into one row.
     pub fn finish(self, prompts: &[Prompt]) -> Result<()> {
         let rows: Vec<&Value> = prompts.iter().filter_map(|prompt| self.done.get(&prompt.id)).collect();
-        Ok(write_jsonl(&self.path, rows)?)
+        if self.samples == 1 {
+            return Ok(write_jsonl(&self.path, rows)?);
+        }
+        let rows: Vec<Value> = rows.chunks(self.samples).map(together).collect();
+        Ok(write_jsonl(&self.path, &rows)?)
     }
+}
+
+/// Columns of an answer, and of the list of a prompt's samples.
+const COLUMNS: [(&str, &str); 3] = [
+    ("response", "responses"),
+    ("finish_reason", "finish_reasons"),
+    ("completion_tokens", "completion_tokens"),
+];
+
+/// The rows of a prompt's samples as one.
+fn together(samples: &[&Value]) -> Value {
+    let mut row = samples[0].clone();
+    row["id"] = row["id"]
+        .as_str()
+        .and_then(|id| id.rsplit_once('#'))
+        .map_or_else(String::new, |(id, _)| id.into())
+        .into();
+    if let Some(map) = row.as_object_mut() {
+        COLUMNS.iter().for_each(|(one, _)| drop(map.remove(*one)));
+    }
+    for (one, all) in COLUMNS {
+        row[all] = samples.iter().map(|sample| sample[one].clone()).collect();
+    }
+    row
+}
+
+/// The rows of a prompt's samples again, where they are together.
+fn apart(row: Value, samples: usize) -> impl Iterator<Item = Value> {
+    let is_together = samples > 1 && row["responses"].is_array();
+    (0..if is_together { samples } else { 1 }).map(move |i| {
+        let mut one = row.clone();
+        if is_together {
+            one["id"] = sample_id(row["id"].as_str().unwrap_or_default(), i).into();
+            if let Some(map) = one.as_object_mut() {
+                COLUMNS.iter().for_each(|(_, all)| drop(map.remove(*all)));
+            }
+            COLUMNS.iter().for_each(|(name, all)| one[*name] = row[*all][i].clone());
+        }
+        one
+    })
+}
+
+fn sample_id(id: &str, sample: usize) -> String {
+    format!("{id}#{sample}")
+}
+
+/// Every prompt as often as it is to be answered.
+pub fn repeated(prompts: Vec<Prompt>, samples: usize) -> Vec<Prompt> {
+    if samples == 1 {
+        return prompts;
+    }
+    let all = prompts.into_iter().flat_map(|prompt| {
+        (0..samples).map(move |i| Prompt { id: sample_id(&prompt.id, i), ..prompt.clone() })
+    });
+    all.collect()
 }
 
 /// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
 pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
-    let prompts = read_prompts(&args.prompts)?;
+    let sampling = sampling(args)?;
+    let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
     let found = Model::find(&Hub::from_env(), &args.model, &|line| tell_line(line))?;
     let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
     let tokenizer =
         Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
-    let sampling = sampling(args)?;
     let model = found.load(&Target::open(&args.device, &|line| tell_line(line))?)?;
     let mut eos = eos_ids(found.config_dir())?;
     eos.extend(tokenizer.eos_id());
@@ -184,9 +245,9 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     let settings = json!({
         "model": args.model, "weights": found.hash()?, "chat_template": tokenizer.template_text(),
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-        "seed": args.seed, "dtype": if args.device.is_narrow() { "bfloat16" } else { "float32" },
+        "seed": args.seed, "samples": args.samples, "dtype": if args.device.is_narrow() { "bfloat16" } else { "float32" },
     });
-    let mut answers = Answers::open(&args.out, &settings, &prompts)?;
+    let mut answers = Answers::open(&args.out, &settings, &prompts, args.samples)?;
     requests.retain(|request| !answers.has(&prompts[request.index].id));
     let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
     let batch_tokens = args.batch_tokens.unwrap_or(8192);
@@ -241,6 +302,9 @@ pub fn sampling(args: &SampleArgs) -> Result<Sampling> {
     }
     if args.temperature == 0.0 && (args.top_p.is_some() || args.seed.is_some()) {
         bail!("--top-p and --seed have no effect without --temperature above 0");
+    }
+    if args.samples == 0 || args.temperature == 0.0 && args.samples > 1 {
+        bail!("--samples needs --temperature above 0, or all answers to a prompt would be the same");
     }
     let top_p = args.top_p.unwrap_or(1.0);
     if !(top_p > 0.0 && top_p <= 1.0) {

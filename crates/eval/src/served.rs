@@ -7,42 +7,37 @@ use std::time::Duration;
 
 use crate::sample::tell_line;
 use anyhow::{Context, Result};
-use chat_client::{ChatMessage, ChatRequest, Client, ReplyStore, Settings, api_key};
+use chat_client::{ChatMessage, ChatRequest, Client, InFlight, ReplyStore, Settings, api_key};
 use pref_data::Message;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::args::SampleArgs;
-use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts, sampling};
+use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts, repeated, sampling};
 
 /// Answers prompts with a server; every reply is stored beside the output. `tell` gets `(answers, all)`.
 pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, usize)) -> Result<Outcome> {
     sampling(args)?;
-    let prompts = read_prompts(&args.prompts)?;
+    let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
     let settings = json!({
         "endpoint": endpoint, "model": args.model, "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "samples": args.samples,
     });
     let mut name = args.out.as_os_str().to_owned();
     name.push(".replies");
-    let (store, torn) = ReplyStore::open(&PathBuf::from(name))?;
-    if torn > 0 {
+    let (store, found) = ReplyStore::open(&PathBuf::from(name))?;
+    if found.torn > 0 {
         tell_line(&format!(
-            "WARNING: the last reply was cut off by a crash ({torn} bytes); it is asked for again"
+            "WARNING: the last reply was cut off by a crash ({} bytes); it is asked for again",
+            found.torn
         ));
     }
-    let client = Arc::new(Client::new(
-        Settings {
-            endpoint: endpoint.into(),
-            api_key: api_key(args.api_key_env.as_deref())?,
-            max_in_flight: args.max_in_flight.unwrap_or(32).max(1),
-            retries: 8,
-            timeout: Duration::from_mins(10),
-            backoff: Duration::from_millis(500),
-        },
-        store,
-    )?);
-    let mut answers = Answers::open(&args.out, &settings, &prompts)?;
+    let settings_of_client = Settings {
+        in_flight: args.max_in_flight.map_or_else(InFlight::default, InFlight::fixed),
+        ..Settings::to(endpoint, api_key(args.api_key_env.as_deref(), endpoint)?)
+    };
+    let client = Arc::new(Client::new(settings_of_client, store)?);
+    let mut answers = Answers::open(&args.out, &settings, &prompts, args.samples)?;
     let mut tasks = JoinSet::new();
     for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !answers.has(&prompt.id)) {
         let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
@@ -59,7 +54,8 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
             top_p: args.top_p,
             max_tokens: Some(u32::try_from(args.max_new_tokens).unwrap_or(u32::MAX)),
             seed: args.seed,
-            sample: 0,
+            sample: (index % args.samples) as u32,
+            ..ChatRequest::default()
         };
         let client = client.clone();
         tasks.spawn(async move { (index, client.complete(&request).await) });

@@ -76,6 +76,26 @@ fn answers_do_not_depend_on_what_runs_together() {
 }
 
 #[test]
+fn several_answers_to_a_prompt_are_one_row_and_are_made_once() {
+    let dir = tempfile::tempdir().unwrap();
+    write_prompts(dir.path(), "p.jsonl", &["one", "two"]);
+    let flags = ["--prompts", "p.jsonl", "--out", "a.jsonl", "--max-new-tokens", "8", "--samples", "3"];
+    let output = eval(dir.path(), "sample", &flags);
+    assert!(!output.status.success() && stderr(&output).contains("--temperature"), "{}", stderr(&output));
+    let drawn = [&flags[..], &["--temperature", "1", "--seed", "5"]].concat();
+    assert!(eval(dir.path(), "sample", &drawn).status.success());
+    let path = dir.path().join("a.jsonl");
+    let (whole, answers) = (fs::read(&path).unwrap(), rows(&path));
+    assert_eq!((answers.len(), &answers[1]["id"], &answers[1]["prompt"]), (2, &json!("1"), &json!("two")));
+    let responses = answers[0]["responses"].as_array().unwrap();
+    assert_eq!(responses.len(), 3);
+    assert!(responses[0] != responses[1] || responses[1] != responses[2], "{responses:?}");
+    assert!(answers[0].get("response").is_none() && answers[0]["completion_tokens"][2].is_u64());
+    assert!(eval(dir.path(), "sample", &drawn).status.success());
+    assert_eq!(fs::read(&path).unwrap(), whole);
+}
+
+#[test]
 fn answers_to_other_prompts_or_settings_are_never_mixed() {
     let dir = tempfile::tempdir().unwrap();
     write_prompts(dir.path(), "p.jsonl", &["one", "two"]);

@@ -84,7 +84,8 @@ impl JsonlAppender {
 }
 
 /// Writes rows with the columns of the published CLAIR sets as Parquet, atomically: `id`, `prompt`,
-/// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`.
+/// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`; and, where rows have them,
+/// `jaccard`, `levenshtein`, `length_change`, `verified`, `tie`, `chosen_score` and `rejected_score`.
 pub fn write_parquet_pairs(path: &Path, rows: &[Value]) -> Result<(), Error> {
     let schema = Arc::new(pair_schema());
     write_atomic(path, |out| {
@@ -111,6 +112,8 @@ fn pair_schema() -> Schema {
         Field::new(name, DataType::List(Arc::new(Field::new("item", message.clone(), true))), true)
     };
     let count = |name: &str| Field::new(name, DataType::Int64, true);
+    let number = |name: &str| Field::new(name, DataType::Float64, true);
+    let yes = |name: &str| Field::new(name, DataType::Boolean, true);
     let usage = Fields::from(vec![count("prompt_tokens"), count("completion_tokens"), count("total_tokens")]);
     Schema::new(vec![
         text("id"),
@@ -120,6 +123,13 @@ fn pair_schema() -> Schema {
         text("rational"),
         text("finish_reason"),
         Field::new("usage", DataType::Struct(usage), true),
+        number("jaccard"),
+        number("levenshtein"),
+        number("length_change"),
+        yes("verified"),
+        yes("tie"),
+        number("chosen_score"),
+        number("rejected_score"),
     ])
 }
 

@@ -1,6 +1,7 @@
 //! Measurements that anyone can repeat.
 
 mod data;
+mod generate;
 mod shapes;
 mod train;
 
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::cargo;
 
-/// `bench data|ops|train`.
+/// `bench data|generate|ops|train`.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     match args.split_first() {
         Some((what, rest)) if what == "ops" => {
@@ -20,11 +21,14 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         }
         Some((what, rest)) if what == "train" => train::run(rest),
         Some((what, rest)) if what == "data" => data::run(rest),
+        Some((what, rest)) if what == "generate" => generate::run(rest),
         _ => bail!(
             "usage: cargo xtask bench ops [NAME]\n\
              cargo xtask bench train (--model DIR | --shape NAME [--vocab N]) (--dataset PATH [--max-length N] | --row-tokens N[,N …])\n\
              \x20   [--steps N] [--pairs N] [--runs N] [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]\n\
-             cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]"
+             cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]\n\
+             cargo xtask bench generate [--only speed,limits,faults,kills,store] [--rows N] [--latency-ms N] [--in-flight N]\n\
+             \x20   [--replies N] [--kills N] [--dir DIR] [--against VENV [--peer-rows N]]"
         ),
     }
 }

@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -29,11 +30,11 @@ struct Options {
     steps: usize,
     pairs: usize,
     runs: usize,
-    length: usize,
+    length: Option<usize>,
     backend: String,
     dtype: String,
     trl: Option<PathBuf>,
-    trl_dtypes: Vec<String>,
+    trl_dtypes: Option<Vec<String>>,
     /// Flags for our trainer alone, after `--`.
     more: Vec<String>,
 }
@@ -50,11 +51,11 @@ impl Options {
             steps: 6,
             pairs: 2,
             runs: 3,
-            length: 2048,
+            length: None,
             backend: "flex".into(),
             dtype: "float32".into(),
             trl: None,
-            trl_dtypes: vec!["float32".into(), "bfloat16".into()],
+            trl_dtypes: None,
             more: args.iter().skip(end + 1).cloned().collect(),
         };
         let (chunks, rest) = args[..end].as_chunks::<2>();
@@ -77,11 +78,11 @@ impl Options {
             "--vocab" => self.vocab = Some(number(value)?),
             "--row-tokens" => self.row_tokens = value.split(',').map(number).collect::<Result<_>>()?,
             "--against-trl" => self.trl = Some(value.into()),
-            "--trl-dtypes" => self.trl_dtypes = value.split(',').map(String::from).collect(),
+            "--trl-dtypes" => self.trl_dtypes = Some(value.split(',').map(String::from).collect()),
             "--steps" => self.steps = number(value)?.max(1),
             "--pairs" => self.pairs = number(value)?.max(1),
             "--runs" => self.runs = number(value)?.max(1),
-            "--max-length" => self.length = number(value)?,
+            "--max-length" => self.length = Some(number(value)?),
             "--backend" => self.backend = value.into(),
             "--dtype" => self.dtype = value.into(),
             other => bail!("unknown flag {other}"),
@@ -102,12 +103,23 @@ impl Options {
         if self.vocab.is_some() && self.shape.is_none() {
             bail!("--vocab has no effect without --shape");
         }
-        if let Some(other) =
-            self.trl_dtypes.iter().find(|name| !["float32", "bfloat16"].contains(&name.as_str()))
-        {
+        if self.length.is_some() && !self.row_tokens.is_empty() {
+            bail!("--max-length has no effect with --row-tokens, whose rows are kept whole");
+        }
+        if self.trl_dtypes.is_some() && self.trl.is_none() {
+            bail!("--trl-dtypes has no effect without --against-trl");
+        }
+        let known = |name: &String| ["float32", "bfloat16"].contains(&name.as_str());
+        if let Some(other) = self.trl_dtypes.iter().flatten().find(|name| !known(name)) {
             bail!("--trl-dtypes {other}: expected float32 or bfloat16");
         }
         Ok(())
+    }
+
+    /// What the peer is run in: nothing without a peer.
+    fn peers(&self) -> Vec<String> {
+        let all = || vec!["float32".into(), "bfloat16".into()];
+        self.trl.as_ref().map(|_| self.trl_dtypes.clone().unwrap_or_else(all)).unwrap_or_default()
     }
 
     /// Makes what is not given.
@@ -117,7 +129,7 @@ impl Options {
             (None, shape) => shapes::model(shape.as_deref().unwrap_or_default(), self.vocab, new_model, dir)?,
         };
         if let Some(dataset) = &self.dataset {
-            return Ok(vec![Case { model, dataset: dataset.clone(), length: self.length }]);
+            return Ok(vec![Case { model, dataset: dataset.clone(), length: self.length.unwrap_or(2048) }]);
         }
         let case = |&tokens: &usize| {
             let dataset = shapes::pairs(self.steps * self.pairs, tokens, dir)?;
@@ -132,6 +144,8 @@ impl Options {
 #[derive(Debug, Clone)]
 struct Measured {
     seconds: f64,
+    /// Around the steps and the reference pass: start, reading the model, the end.
+    start: f64,
     tokens: f64,
     gflops: f64,
     memory: f64,
@@ -166,7 +180,7 @@ fn peak(binary: &Path, options: &Options) -> Result<f64> {
 fn measure(binary: &Path, options: &Options, case: &Case, peak: f64) -> Result<()> {
     let out = env::temp_dir().join(format!("bench-train-{}", std::process::id()));
     let name = format!("ours, {} {}", options.backend, options.dtype);
-    let peers: &[String] = if options.trl.is_some() { &options.trl_dtypes } else { &[] };
+    let peers = options.peers();
     let mut ours = Vec::new();
     let mut theirs = vec![Vec::new(); peers.len()];
     report(&format!("{} on {}", case.model.display(), case.dataset.display()));
@@ -183,21 +197,26 @@ fn measure(binary: &Path, options: &Options, case: &Case, peak: f64) -> Result<(
         ours.push(measured);
         for (dtype, theirs) in peers.iter().zip(&mut theirs) {
             let venv = options.trl.as_deref().unwrap_or(Path::new(""));
-            let measured = run_trl(venv, options, case, dtype, &out)?;
-            let (seconds, memory) = (measured.seconds, measured.memory);
-            report(&format!("run {}: TRL {dtype} {seconds:.2} s a step, {memory:.2} GB", i + 1));
-            theirs.push(measured);
+            match run_trl(venv, options, case, dtype, &out)? {
+                Ok(measured) => {
+                    let (seconds, memory) = (measured.seconds, measured.memory);
+                    report(&format!("run {}: TRL {dtype} {seconds:.2} s a step, {memory:.2} GB", i + 1));
+                    theirs.push(measured);
+                }
+                Err(reason) => report(&format!("run {}: TRL {dtype} failed: {reason}", i + 1)),
+            }
         }
     }
     fs::remove_dir_all(&out).ok();
     summary(&name, &ours);
+    report(&format!("start and end around the steps: {:.2} s", median_of(&ours, |m| m.start)));
     let gflops = median_of(&ours, |m| m.gflops);
     let tokens = median_of(&ours, |m| m.tokens);
     report(&format!(
         "{tokens:.0} packed tokens/s; {gflops:.0} useful GFLOP/s, {:.0} % of {peak:.0}",
         100.0 * gflops / peak
     ));
-    for (dtype, theirs) in peers.iter().zip(&theirs) {
+    for (dtype, theirs) in peers.iter().zip(&theirs).filter(|(_, theirs)| !theirs.is_empty()) {
         compare(dtype, &ours, theirs, options)?;
     }
     Ok(())
@@ -251,7 +270,9 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
         .args(["--overwrite-output-dir", "--output-dir"])
         .arg(&dir);
     fs::remove_dir_all(out.join("cache")).ok();
+    let begun = Instant::now();
     let output = command.output().context("cannot run the trainer")?;
+    let wall = begun.elapsed().as_secs_f64();
     if !output.status.success() {
         bail!("the trainer failed: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -262,16 +283,24 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
     // The reference pass covers the whole data set, the steps perhaps a part of it.
     let reference = number("reference_seconds")? * (rows / all).min(1.0);
     let seconds = (number("train_seconds")? + reference) / options.steps as f64;
+    let start = wall - number("train_seconds")? - number("reference_seconds")?;
     let tokens = number("computed_tokens")? / number("train_seconds")?;
     let memory = info["device_memory_bytes"][0].as_f64().map_or_else(|| number("peak_memory_bytes"), Ok)?;
     let gflops = number("useful_flops")? / number("train_seconds")? / 1e9;
     let log = fs::read_to_string(dir.join("train_log.jsonl"))?;
     let losses =
         log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()?["loss"].as_f64()).collect();
-    Ok(Measured { seconds, tokens, gflops, memory: memory / 1e9, losses })
+    Ok(Measured { seconds, start, tokens, gflops, memory: memory / 1e9, losses })
 }
 
-fn run_trl(venv: &Path, options: &Options, case: &Case, dtype: &str, out: &Path) -> Result<Measured> {
+/// `Ok(Err(reason))` when TRL itself fails, for example for want of memory: that is a result too.
+fn run_trl(
+    venv: &Path,
+    options: &Options,
+    case: &Case,
+    dtype: &str,
+    out: &Path,
+) -> Result<Result<Measured, String>> {
     let mut command = Command::new("/usr/bin/time");
     command.args(["-f", "PEAK_KB %M"]).arg(venv.join("bin/trl")).arg("dpo");
     shared_flags(&mut command, options, case);
@@ -294,7 +323,8 @@ fn run_trl(venv: &Path, options: &Options, case: &Case, dtype: &str, out: &Path)
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text);
     if !output.status.success() {
-        bail!("TRL failed: {}", text.lines().rev().take(5).collect::<Vec<_>>().join("\n"));
+        let last: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        return Ok(Err(last[last.len().saturating_sub(4)..].join(" | ")));
     }
     let number = |rest: &str| -> Option<f64> {
         let rest = rest.trim_start_matches([' ', '\'', ':']);
@@ -305,7 +335,8 @@ fn run_trl(venv: &Path, options: &Options, case: &Case, dtype: &str, out: &Path)
     let seconds = after("train_runtime").context("TRL printed no train_runtime")? / options.steps as f64;
     let memory = after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9;
     let losses = text.split("{'loss'").skip(1).filter_map(number).collect();
-    Ok(Measured { seconds, tokens: f64::NAN, gflops: f64::NAN, memory, losses })
+    let nan = f64::NAN;
+    Ok(Ok(Measured { seconds, start: nan, tokens: nan, gflops: nan, memory, losses }))
 }
 
 fn shared_flags(command: &mut Command, options: &Options, case: &Case) {

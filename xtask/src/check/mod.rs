@@ -1,5 +1,6 @@
 //! Comparisons that need a Python environment with the peers in it, or a real model and time.
 
+mod report;
 mod runs;
 
 use std::env;
@@ -17,6 +18,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
         Some((what, rest)) if matches!(what.as_str(), "losses" | "resume" | "peft" | "tensorboard") => {
             runs::run(what, rest)
         }
+        Some((what, rest)) if what == "report" => report::run(rest),
         _ => tokens(args),
     }
 }

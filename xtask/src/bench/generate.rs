@@ -1,0 +1,463 @@
+//! `bench generate`: the revision client against a local server that behaves like a hosted model, beside its peers.
+
+use std::collections::BinaryHeap;
+use std::env;
+use std::fmt::Write;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::cargo::{build, cargo, root};
+use crate::report;
+
+const PARTS: [&str; 5] = ["speed", "limits", "faults", "kills", "store"];
+const PEERS: [&str; 3] = ["asyncio", "curator", "distilabel"];
+
+struct Options {
+    rows: usize,
+    latency_ms: f64,
+    in_flight: usize,
+    peer_rows: usize,
+    replies: usize,
+    kills: usize,
+    only: Vec<String>,
+    venv: Option<PathBuf>,
+    dir: PathBuf,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self {
+            rows: 20_000,
+            latency_ms: 1000.0,
+            in_flight: 1000,
+            peer_rows: 2000,
+            replies: 1_000_000,
+            kills: 50,
+            only: PARTS.map(String::from).to_vec(),
+            venv: None,
+            dir: env::temp_dir().join("bench-generate"),
+        };
+        let (chunks, rest) = args.as_chunks::<2>();
+        if let [odd] = rest {
+            bail!("{odd} needs a value");
+        }
+        for [flag, value] in chunks {
+            let count =
+                || value.parse::<usize>().with_context(|| format!("{flag} {value}: expected a count"));
+            match flag.as_str() {
+                "--rows" => options.rows = count()?.max(1),
+                "--latency-ms" => options.latency_ms = count()? as f64,
+                "--in-flight" => options.in_flight = count()?.max(1),
+                "--peer-rows" => options.peer_rows = count()?.max(1),
+                "--replies" => options.replies = count()?.max(1),
+                "--kills" => options.kills = count()?,
+                "--only" => options.only = value.split(',').map(String::from).collect(),
+                "--against" => options.venv = Some(value.into()),
+                "--dir" => options.dir = value.into(),
+                other => bail!("unknown flag {other}"),
+            }
+        }
+        if let Some(other) = options.only.iter().find(|part| !PARTS.contains(&part.as_str())) {
+            bail!("--only {other}: expected some of {}", PARTS.join(", "));
+        }
+        Ok(options)
+    }
+}
+
+/// A server in a process of its own; it is killed when this goes.
+struct Loopback {
+    child: Child,
+    url: String,
+}
+
+impl Loopback {
+    fn start(flags: &[&str]) -> Result<Self> {
+        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+        let binary = target.join(format!("release/loopback{}", env::consts::EXE_SUFFIX));
+        let mut child = Command::new(&binary).args(flags).stdout(Stdio::piped()).spawn()?;
+        let mut url = String::new();
+        let out = child.stdout.take().context("the server's output")?;
+        BufReader::new(out).read_line(&mut url)?;
+        Ok(Self { child, url: url.trim().into() })
+    }
+
+    /// What it did, as it tells itself.
+    fn stats(&self) -> Result<Value> {
+        use std::io::{Read, Write};
+        let host = self.url.trim_start_matches("http://").trim_end_matches("/v1");
+        let mut stream = std::net::TcpStream::connect(host)?;
+        write!(stream, "GET /v1/stats HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let body = text.split_once("\r\n\r\n").context("no body")?.1;
+        Ok(serde_json::from_str(body)?)
+    }
+
+    fn count(&self, kind: &str) -> Result<u64> {
+        Ok(self.stats()?["counts"]["kinds"][kind].as_u64().unwrap_or(0))
+    }
+}
+
+impl Drop for Loopback {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// What a process took.
+#[derive(Debug, Clone, Copy)]
+struct Took {
+    wall: f64,
+    cpu: f64,
+    memory_mb: f64,
+    is_success: bool,
+}
+
+fn timed(mut command: Command, log: &Path) -> Result<Took> {
+    let program = command.get_program().to_owned();
+    let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+    let mut timed = Command::new("/usr/bin/time");
+    timed.args(["-f", "TOOK %e %U %S %M"]).arg(program).args(args);
+    timed.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    if let Some(dir) = command.get_current_dir() {
+        timed.current_dir(dir);
+    }
+    command = timed;
+    let output = command.output().context("cannot run /usr/bin/time (Debian: apt-get install time)")?;
+    fs::write(log, [&output.stdout[..], &output.stderr[..]].concat())?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    let line = text.rsplit("TOOK ").next().unwrap_or_default();
+    let numbers: Vec<f64> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    let &[wall, user, system, kb] = numbers.as_slice() else { bail!("no times in {}", log.display()) };
+    let is_success = output.status.success();
+    Ok(Took { wall, cpu: user + system, memory_mb: kb / 1024.0, is_success })
+}
+
+pub fn run(args: &[String]) -> Result<ExitCode> {
+    let options = Options::parse(args)?;
+    fs::create_dir_all(&options.dir)?;
+    let binary = build("clair-gen")?;
+    let built = cargo(&["build", "--release", "--quiet", "--package", "loopback"]).status();
+    ensure!(built.context("cannot run cargo")?.success(), "building failed");
+    for part in &options.only {
+        match part.as_str() {
+            "speed" => speed(&options, &binary)?,
+            "limits" => limits(&options, &binary)?,
+            "faults" => faults(&options, &binary)?,
+            "kills" => kills(&options, &binary)?,
+            _ => store(&options)?,
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rows with a task and an answer of some hundred characters.
+fn input(options: &Options, rows: usize) -> Result<PathBuf> {
+    let path = options.dir.join(format!("answers-{rows}.jsonl"));
+    let mut text = String::new();
+    for i in 0..rows {
+        let words: String = (0..60).map(|w| format!(" word{}", (i * 31 + w * 7) % 97)).collect();
+        writeln!(
+            text,
+            r#"{{"id": "r{i}", "prompt": "Question {i}:{words}?", "response": "Answer {i}:{words}."}}"#
+        )?;
+    }
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn client(binary: &Path, options: &Options, server: &Loopback, input: &Path, out: &str) -> Command {
+    let mut command = Command::new(binary);
+    command.arg("--input").arg(input).arg("--out").arg(options.dir.join(out));
+    command.args(["--endpoint", &server.url, "--model", "teacher"]);
+    command.args(["--max-in-flight", &options.in_flight.to_string()]).env_remove("OPENAI_API_KEY");
+    command
+}
+
+fn fresh(options: &Options, out: &str) -> Result<PathBuf> {
+    let dir = options.dir.join(out);
+    if dir.exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    Ok(dir)
+}
+
+/// The time that the best client would take: each call starts as soon as one before it has ended.
+fn ideal(rows: usize, in_flight: usize, latency_ms: f64) -> f64 {
+    // As the server draws them.
+    let latency = |number: usize| {
+        let part = (number.wrapping_mul(2_654_435_761) >> 7) % 1000;
+        latency_ms / 1000.0 * (0.5 + part as f64 / 1000.0)
+    };
+    let mut ends: BinaryHeap<std::cmp::Reverse<u64>> = BinaryHeap::new();
+    let mut last = 0;
+    for number in 0..rows {
+        let start = if ends.len() < in_flight { 0 } else { ends.pop().map_or(0, |end| end.0) };
+        let end = start + (1e6 * latency(number)) as u64;
+        last = last.max(end);
+        ends.push(std::cmp::Reverse(end));
+    }
+    last as f64 / 1e6
+}
+
+fn tell(name: &str, rows: usize, took: Took) {
+    report(&format!(
+        "{name}: {:.2} s, {:.0} calls/s, {:.0} µs CPU a call, {:.0} MB",
+        took.wall,
+        rows as f64 / took.wall,
+        1e6 * took.cpu / rows as f64,
+        took.memory_mb
+    ));
+}
+
+fn speed(options: &Options, binary: &Path) -> Result<()> {
+    let latency = options.latency_ms.to_string();
+    let best = ideal(options.rows, options.in_flight, options.latency_ms);
+    report(&format!(
+        "speed: {} calls, {latency} ms mean latency, {} in flight; best possible {best:.2} s",
+        options.rows, options.in_flight
+    ));
+    let server = Loopback::start(&["--latency-ms", &latency])?;
+    let source = input(options, options.rows)?;
+    fresh(options, "speed")?;
+    let took = timed(client(binary, options, &server, &source, "speed"), &options.dir.join("speed.log"))?;
+    ensure!(took.is_success, "clair-gen failed: {}", options.dir.join("speed.log").display());
+    tell("ours", options.rows, took);
+    report(&format!("  {:.1} % of the best possible", 100.0 * best / took.wall));
+    drop(server);
+    let Some(venv) = &options.venv else { return Ok(()) };
+    let rows = options.peer_rows;
+    let source = input(options, rows)?;
+    let in_flight = options.in_flight.min(200);
+    let best = ideal(rows, in_flight, 300.0);
+    report(&format!(
+        "beside peers: {rows} calls, 300 ms mean latency, {in_flight} in flight; best {best:.2} s"
+    ));
+    let server = Loopback::start(&["--latency-ms", "300"])?;
+    fresh(options, "small")?;
+    let small = Options { in_flight, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let took = timed(client(binary, &small, &server, &source, "small"), &options.dir.join("small.log"))?;
+    tell("ours", rows, took);
+    drop(server);
+    for peer in PEERS {
+        let server = Loopback::start(&["--latency-ms", "300"])?;
+        let out = fresh_file(options, peer)?;
+        let took =
+            timed(peer_command(venv, options, peer, &server, &source, &out, in_flight), &log(options, peer))?;
+        let came = lines(&out);
+        tell(peer, rows, took);
+        if came < rows || !took.is_success {
+            report(&format!("  {came} of {rows} rows came, exit {}", took.is_success));
+        }
+    }
+    Ok(())
+}
+
+fn log(options: &Options, name: &str) -> PathBuf {
+    options.dir.join(format!("{name}.log"))
+}
+
+fn fresh_file(options: &Options, peer: &str) -> Result<PathBuf> {
+    let out = options.dir.join(format!("{peer}.jsonl"));
+    fs::remove_file(&out).ok();
+    let home = options.dir.join(format!("home-{peer}"));
+    fs::remove_dir_all(&home).ok();
+    fs::create_dir_all(&home)?;
+    Ok(out)
+}
+
+fn lines(path: &Path) -> usize {
+    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+fn peer_command(
+    venv: &Path,
+    options: &Options,
+    peer: &str,
+    server: &Loopback,
+    source: &Path,
+    out: &Path,
+    in_flight: usize,
+) -> Command {
+    let mut command = Command::new(venv.join("bin/python3"));
+    let home = options.dir.join(format!("home-{peer}"));
+    command.arg(root().join("xtask/src/bench/generate_peers.py")).args([peer, &server.url]);
+    command.arg(source).arg(out).arg(in_flight.to_string());
+    // Its caches belong to this run.
+    command.env("HOME", &home).env("CURATOR_CACHE_DIR", home.join("curator")).env("OPENAI_API_KEY", "none");
+    command.env("HF_HUB_OFFLINE", "1").env("TELEMETRY_ENABLED", "False");
+    command
+}
+
+fn limits(options: &Options, binary: &Path) -> Result<()> {
+    let (rpm, tpm) = (60_000.0, 21_000_000.0);
+    let source = input(options, options.rows)?;
+    for told in ["by options", "by the server's headers"] {
+        let [rpm, tpm, latency] = [rpm, tpm, options.latency_ms].map(|number: f64| number.to_string());
+        let server = Loopback::start(&["--latency-ms", &latency, "--rpm", &rpm, "--tpm", &tpm])?;
+        fresh(options, "limits")?;
+        let mut command = client(binary, options, &server, &source, "limits");
+        if told == "by options" {
+            command.args(["--rpm", &rpm, "--tpm", &tpm]);
+        }
+        // More than the limit allows, so that it is the limit that holds.
+        command.args(["--max-in-flight", &(3 * options.in_flight).to_string()]);
+        let took = timed(command, &log(options, "limits"))?;
+        ensure!(took.is_success, "clair-gen failed: {}", log(options, "limits").display());
+        let refused = server.count("limited")?;
+        let manifest: Value =
+            serde_json::from_str(&fs::read_to_string(options.dir.join("limits/report.json"))?)?;
+        let tokens = manifest["all_usage"]["total_tokens"].as_f64().unwrap_or(0.0);
+        let allowed = (60.0 * options.rows as f64 / 60_000.0).max(60.0 * tokens / 21_000_000.0);
+        // The last call's own time is nobody's to save.
+        let working = took.wall - options.latency_ms / 1000.0;
+        tell(&format!("limits, {told}: 60,000 requests and 21 M tokens a minute"), options.rows, took);
+        report(&format!(
+            "  {:.1} % of what the limit allows ({allowed:.2} s); {refused} calls answered 429 ({:.2} %)",
+            100.0 * allowed / working,
+            100.0 * refused as f64 / options.rows as f64
+        ));
+    }
+    Ok(())
+}
+
+fn faults(options: &Options, binary: &Path) -> Result<()> {
+    let rows = 1000;
+    let source = input(options, rows)?;
+    let small =
+        Options { in_flight: 200, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let mut outputs = Vec::new();
+    for share in ["0", "0.2"] {
+        let server = Loopback::start(&["--latency-ms", "300", "--faults", share])?;
+        let dir = fresh(options, "faults")?;
+        let mut command = client(binary, &small, &server, &source, "faults");
+        command.args(["--timeout", "5", "--backoff", "0.05"]);
+        let took = timed(command, &log(options, "faults"))?;
+        ensure!(took.is_success, "clair-gen failed: {}", log(options, "faults").display());
+        tell(&format!("faults {share}"), rows, took);
+        outputs.push(texts(&dir.join("pairs.jsonl"))?);
+        let stats = server.stats()?;
+        report(&format!(
+            "  {} good replies, {} paid again",
+            stats["counts"]["kinds"]["good"], stats["paid_again"]
+        ));
+    }
+    report(&format!("  same pairs with and without faults: {}", outputs[0] == outputs[1]));
+    let Some(venv) = &options.venv else { return Ok(()) };
+    for peer in PEERS {
+        let server = Loopback::start(&["--latency-ms", "300", "--faults", "0.2"])?;
+        let out = fresh_file(options, peer)?;
+        let took =
+            timed(peer_command(venv, options, peer, &server, &source, &out, 200), &log(options, peer))?;
+        let came = lines(&out);
+        tell(&format!("{peer}, faults 0.2"), rows, took);
+        let (success, stats) = (took.is_success, server.stats()?);
+        let good = &stats["counts"]["kinds"]["good"];
+        report(&format!(
+            "  {came} of {rows} rows came, {good} good replies, {} paid again; success: {success}",
+            stats["paid_again"]
+        ));
+    }
+    Ok(())
+}
+
+/// Ids with their chosen texts.
+fn texts(path: &Path) -> Result<Vec<(String, String)>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let row = |line: &str| -> Result<(String, String)> {
+        let row: Value = serde_json::from_str(line)?;
+        let of = |value: &Value| value.as_str().unwrap_or_default().to_string();
+        Ok((of(&row["id"]), of(&row["chosen"][1]["content"])))
+    };
+    text.lines().map(row).collect()
+}
+
+fn kills(options: &Options, binary: &Path) -> Result<()> {
+    let rows = 3000;
+    let source = input(options, rows)?;
+    let small =
+        Options { in_flight: 100, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let server = Loopback::start(&["--latency-ms", "200"])?;
+    let dir = fresh(options, "kills")?;
+    let mut draw = 12345_u64;
+    for _ in 0..options.kills {
+        let mut command = client(binary, &small, &server, &source, "kills");
+        let mut child = command.stderr(Stdio::null()).spawn()?;
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(Duration::from_millis(20 + (draw >> 33) % 500));
+        child.kill()?;
+        child.wait()?;
+    }
+    let started = Instant::now();
+    let took = timed(client(binary, &small, &server, &source, "kills"), &log(options, "kills"))?;
+    ensure!(took.is_success, "clair-gen failed: {}", log(options, "kills").display());
+    let ids: Vec<String> = texts(&dir.join("pairs.jsonl"))?.into_iter().map(|(id, _)| id).collect();
+    let want: Vec<String> = (0..rows).map(|i| format!("r{i}")).collect();
+    let again = server.stats()?["paid_again"].as_u64().unwrap_or(0);
+    report(&format!(
+        "kills: {} of a run of {rows} calls, 100 in flight; every row once, in order: {}; {again} calls paid again ({:.1} a kill); \
+         last run {:.1} s",
+        options.kills,
+        ids == want,
+        again as f64 / options.kills.max(1) as f64,
+        started.elapsed().as_secs_f64()
+    ));
+    drop(server);
+    let Some(venv) = &options.venv else { return Ok(()) };
+    let rows = 1000;
+    let source = input(options, rows)?;
+    for peer in PEERS {
+        let server = Loopback::start(&["--latency-ms", "300"])?;
+        let out = fresh_file(options, peer)?;
+        let mut child = peer_command(venv, options, peer, &server, &source, &out, 200)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        while server.count("good")? < 500 && child.try_wait()?.is_none() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        child.kill()?;
+        child.wait()?;
+        let before = server.count("good")?;
+        let mut again = peer_command(venv, options, peer, &server, &source, &out, 200)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let until = Instant::now() + Duration::from_secs(90);
+        while again.try_wait()?.is_none() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let hangs = again.try_wait()?.is_none();
+        again.kill().ok();
+        again.wait()?;
+        let paid = server.stats()?["paid_again"].as_u64().unwrap_or(0);
+        let came = lines(&out);
+        report(&format!(
+            "{peer}, killed after {before} of {rows}: {came} rows in the end, {paid} paid again{}",
+            if hangs { "; its second run did not end within 90 s" } else { "" }
+        ));
+    }
+    Ok(())
+}
+
+fn store(options: &Options) -> Result<()> {
+    let built =
+        cargo(&["build", "--release", "--quiet", "--package", "chat-client", "--example", "store"]).status();
+    ensure!(built.context("cannot run cargo")?.success(), "building failed");
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let dir = options.dir.join(format!("store-{}", options.replies));
+    let binary = target.join("release/examples/store");
+    let output = Command::new(binary).arg(options.replies.to_string()).arg(&dir).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let bytes = fs::metadata(dir.join("replies.jsonl"))?.len() as f64 / 1e9;
+    report(&format!("store of {} replies ({bytes:.2} GB), seconds: {}", options.replies, text.trim()));
+    Ok(())
+}
