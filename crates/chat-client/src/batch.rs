@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use reqwest::Method;
 use reqwest::multipart::{Form, Part};
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use crate::client::{Client, Closed};
+use crate::cost::Room;
 use crate::endpoint::{Endpoint, lost};
 use crate::retry::{delay, is_transient};
 use crate::{ChatRequest, Error, Reply, Stored};
@@ -22,6 +24,9 @@ use crate::{ChatRequest, Error, Reply, Stored};
 /// Most requests, and most bytes, of one batch: the API's limits are 50,000 and 200 MB.
 const MOST: usize = 50_000;
 const MOST_BYTES: usize = 150 << 20;
+
+/// Largest file of replies that is read.
+const MOST_DOWNLOADED: usize = 2 << 30;
 
 /// A batch is sent when no request has come for so long.
 const QUIET: Duration = Duration::from_millis(500);
@@ -36,12 +41,22 @@ struct Open {
     requests: usize,
 }
 
+/// Where a batch is.
+#[derive(Debug)]
+enum State {
+    UnderWay,
+    Over,
+    /// The server refused it as a whole.
+    Failed(Error),
+}
+
 type Answer = Result<(), Option<Error>>;
 
 /// A request that waits for a batch.
 #[derive(Debug)]
 struct Waiting {
     line: String,
+    max_tokens: Option<u32>,
     attempts: u32,
     reserved: f64,
     /// The file of the batch that it is in.
@@ -72,6 +87,10 @@ impl Batches {
     /// Requests that are with the server.
     pub(crate) fn sent(&self) -> usize {
         self.waiting().values().filter(|waiting| waiting.sent_in.is_some()).count()
+    }
+
+    fn unsent(&self) -> usize {
+        self.waiting().values().filter(|waiting| waiting.sent_in.is_none()).count()
     }
 
     fn open(&self) -> Result<Vec<Open>, Error> {
@@ -113,18 +132,14 @@ impl Client {
     ) -> Result<Stored, Option<Error>> {
         let endpoint = self.endpoints.choose().map_err(Some)?;
         let body = endpoint.provider.body(request, false);
-        let call = endpoint.pace.estimate(body.to_string().len(), request.max_tokens);
-        let Some(reserved) = self.ledger.reserve(call.input, call.output) else {
-            self.close_for(Closed::Cost);
-            return Err(None);
-        };
         let line = json!({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body});
         let (done, mut answer) = oneshot::channel();
-        let waiting = Waiting { line: line.to_string(), attempts: 0, reserved, sent_in: None, done };
+        let max_tokens = request.max_tokens;
+        let waiting =
+            Waiting { line: line.to_string(), max_tokens, attempts: 0, reserved: 0.0, sent_in: None, done };
         batches.waiting().insert(key.into(), waiting);
         // A batch of an earlier process may have brought it in the meantime.
         if self.store().has(key) {
-            self.free(batches, key, crate::Usage::default());
             batches.answer(key, Ok(()));
         }
         loop {
@@ -136,8 +151,8 @@ impl Client {
                 }
                 guard = batches.driver.lock() => {
                     let worked = self.drive(batches, endpoint).await;
-                    drop(guard);
                     self.end(batches, worked);
+                    drop(guard);
                 }
             }
         }
@@ -152,6 +167,13 @@ impl Client {
             }
             return;
         };
+        // Whatever it is, it is no matter of one row.
+        let error = match error {
+            Error::Refused { .. } | Error::GaveUp { .. } if !error.is_setup() => {
+                Error::Batch { id: "API".into(), reason: error.to_string() }
+            }
+            other => other,
+        };
         let mut first = Some(error);
         for (_, waiting) in batches.waiting().drain() {
             waiting.done.send(Err(first.take())).ok();
@@ -162,32 +184,32 @@ impl Client {
     async fn drive(&self, batches: &Batches, endpoint: &Endpoint) -> Result<(), Error> {
         let mut open = batches.open()?;
         loop {
-            if open.is_empty() {
+            // Batches of an earlier process come first: they may hold the replies.
+            let is_resumed = !open.is_empty() && batches.sent() == 0;
+            if !is_resumed && batches.unsent() > 0 {
                 self.until_quiet(batches).await;
+                self.send_waiting(batches, endpoint, &mut open).await?;
             }
-            self.send_waiting(batches, endpoint, &mut open).await?;
             if open.is_empty() || self.is_closed() {
                 return Ok(());
             }
-            let mut still = Vec::new();
-            for mut batch in std::mem::take(&mut open) {
-                if !self.is_finished(batches, endpoint, &mut batch).await? {
-                    still.push(batch);
+            let mut finished = false;
+            for i in (0..open.len()).rev() {
+                let mut batch = open[i].clone();
+                let state = self.look_at(batches, endpoint, &mut batch).await?;
+                open[i] = batch;
+                if !matches!(state, State::UnderWay) {
+                    finished = true;
+                    open.remove(i);
+                }
+                batches.remember(&open)?;
+                if let State::Failed(error) = state {
+                    return Err(error);
                 }
             }
-            let finished = batches.open()?.len() > still.len();
-            batches.remember(&still)?;
-            open = still;
             if !finished {
                 self.pause(batches.poll).await;
             }
-        }
-    }
-
-    async fn pause(&self, time: Duration) {
-        tokio::select! {
-            () = tokio::time::sleep(time) => {}
-            () = self.closing.notified() => {}
         }
     }
 
@@ -199,22 +221,29 @@ impl Client {
         }
     }
 
-    /// Uploads what was not sent yet, in batches as large as may be. Batches of an earlier process come first: they
-    /// may hold the replies.
+    /// Uploads what was not sent yet, in batches as large as may be, as far as the money goes.
     async fn send_waiting(
         &self,
         batches: &Batches,
         endpoint: &Endpoint,
         open: &mut Vec<Open>,
     ) -> Result<(), Error> {
-        let is_resumed = !open.is_empty() && batches.sent() == 0;
-        while !is_resumed && !self.is_closed() {
+        while !self.is_closed() {
             let (mut file, mut keys) = (String::new(), Vec::new());
             for (key, waiting) in
                 batches.waiting().iter_mut().filter(|(_, waiting)| waiting.sent_in.is_none())
             {
                 if keys.len() == MOST || file.len() + waiting.line.len() > MOST_BYTES {
                     break;
+                }
+                let call = endpoint.pace.estimate(waiting.line.len(), waiting.max_tokens);
+                match self.ledger.try_reserve(call.input, call.output) {
+                    Room::Now(reserved) => waiting.reserved = reserved,
+                    Room::Later => break,
+                    Room::Never => {
+                        self.close_for(Closed::Cost);
+                        break;
+                    }
                 }
                 file.push_str(&waiting.line);
                 file.push('\n');
@@ -252,23 +281,35 @@ impl Client {
         text(&json_of(&url, &reply.await?)?, &url, "id")
     }
 
+    /// Asks for a batch. Where it is not known whether the server took the request, it is looked for before it is
+    /// asked for again: a batch is paid for.
     async fn create(&self, endpoint: &Endpoint, file: &str) -> Result<String, Error> {
         let url = address(endpoint, "batches");
         let body =
             json!({"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"});
-        let reply = self.call(endpoint, &url, |request| {
-            request.header("content-type", "application/json").body(body.to_string())
-        });
-        text(&json_of(&url, &reply.await?)?, &url, "id")
+        for attempt in 1.. {
+            let request = endpoint.request(Method::POST, &url);
+            let request = request.header("content-type", "application/json").body(body.to_string());
+            match self.once(endpoint, &url, request).await {
+                Ok(reply) => return text(&json_of(&url, &reply)?, &url, "id"),
+                Err(Error::GaveUp { .. }) if attempt <= self.settings.retries => {}
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(delay(attempt, self.settings.backoff, None)).await;
+            if let Some(id) = self.find(endpoint, file).await? {
+                return Ok(id);
+            }
+        }
+        unreachable!("the loop ends by returning")
     }
 
-    /// Whether a batch is over; its replies are stored then, and what failed waits for the next one.
-    async fn is_finished(
+    /// Where a batch is. When it is over, its replies are stored, and what failed waits for the next one.
+    async fn look_at(
         &self,
         batches: &Batches,
         endpoint: &Endpoint,
         batch: &mut Open,
-    ) -> Result<bool, Error> {
+    ) -> Result<State, Error> {
         let id = match &batch.id {
             Some(id) => id.clone(),
             // The process ended between asking for the batch and hearing its name.
@@ -279,24 +320,41 @@ impl Client {
         };
         batch.id = Some(id.clone());
         let url = address(endpoint, &format!("batches/{id}"));
-        let state = json_of(&url, &self.get(endpoint, &url).await?)?;
+        let state = match self.get(endpoint, &url).await {
+            // The batch goes on, whether it can be looked at now or not.
+            Err(Error::GaveUp { last, .. }) => {
+                tracing::warn!("{url}: {last}; it is looked at again later");
+                return Ok(State::UnderWay);
+            }
+            other => json_of(&url, &other?)?,
+        };
         let status = state["status"].as_str().unwrap_or_default();
         if status == "failed" {
-            let reason: String = state["errors"].to_string().chars().take(500).collect();
-            return Err(Error::Batch { id, reason });
+            self.send_again(batches, endpoint, &batch.file);
+            let reason = endpoint.excerpt(state["errors"].to_string().as_bytes());
+            // Too much is under way for this account: a matter of time.
+            if reason.contains("token_limit") && !self.is_closed() {
+                tracing::warn!("batch {id}: {reason}; it is sent again later");
+                self.pause(batches.poll).await;
+                return Ok(State::Over);
+            }
+            return Ok(State::Failed(Error::Batch { id, reason }));
         }
         if !["completed", "expired", "cancelled"].contains(&status) {
-            return Ok(false);
+            return Ok(State::UnderWay);
         }
         for file in ["output_file_id", "error_file_id"].into_iter().filter_map(|name| state[name].as_str()) {
             let url = address(endpoint, &format!("files/{file}/content"));
             let content = self.get(endpoint, &url).await?;
-            for line in content.split(|&byte| byte == b'\n').filter(|line| !line.trim_ascii().is_empty()) {
-                self.take(batches, endpoint, line).await?;
+            let lines: Vec<&[u8]> =
+                content.split(|&byte| byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).collect();
+            // Together, so that they are written to the disk in groups.
+            for lines in lines.chunks(1000) {
+                try_join_all(lines.iter().map(|line| self.take(batches, endpoint, line))).await?;
             }
         }
         self.send_again(batches, endpoint, &batch.file);
-        Ok(true)
+        Ok(State::Over)
     }
 
     /// One line of a batch's files.
@@ -341,6 +399,7 @@ impl Client {
         let of_batch = waiting.iter_mut().filter(|(_, waiting)| waiting.sent_in.as_deref() == Some(file));
         for (key, waiting) in of_batch {
             waiting.sent_in = None;
+            self.ledger.settle(std::mem::take(&mut waiting.reserved), crate::Usage::default());
             waiting.attempts += 1;
             if waiting.attempts > self.settings.retries {
                 given_up.push((key.clone(), waiting.attempts));
@@ -348,7 +407,6 @@ impl Client {
         }
         drop(waiting);
         for (key, attempts) in given_up {
-            self.free(batches, &key, crate::Usage::default());
             let last = "the batch gave no reply to it".to_string();
             let (url, elapsed) = (endpoint.url.clone(), Duration::ZERO);
             batches
@@ -356,12 +414,21 @@ impl Client {
         }
     }
 
+    /// The batch that was made of a file, among all of the account's.
     async fn find(&self, endpoint: &Endpoint, file: &str) -> Result<Option<String>, Error> {
-        let url = address(endpoint, "batches?limit=100");
-        let list = json_of(&url, &self.get(endpoint, &url).await?)?;
-        let batches = list["data"].as_array().into_iter().flatten();
-        let mut ours = batches.filter(|batch| batch["input_file_id"] == file);
-        Ok(ours.next().and_then(|batch| batch["id"].as_str()).map(str::to_owned))
+        let mut after = String::new();
+        loop {
+            let url = address(endpoint, &format!("batches?limit=100{after}"));
+            let list = json_of(&url, &self.get(endpoint, &url).await?)?;
+            let batches = list["data"].as_array().map(Vec::as_slice).unwrap_or_default();
+            if let Some(ours) = batches.iter().find(|batch| batch["input_file_id"] == file) {
+                return Ok(ours["id"].as_str().map(str::to_owned));
+            }
+            match batches.last().and_then(|last| last["id"].as_str()) {
+                Some(last) if list["has_more"] == true => after = format!("&after={last}"),
+                _ => return Ok(None),
+            }
+        }
     }
 
     /// Asks the server to stop the batches under way; what they have finished is still paid, and fetched by the next
@@ -369,16 +436,28 @@ impl Client {
     pub async fn cancel_batches(&self) -> Result<usize, Error> {
         let Some(batches) = &self.batches else { return Ok(0) };
         let endpoint = self.endpoints.choose()?;
-        let open = batches.open()?;
-        for id in open.iter().filter_map(|batch| batch.id.as_deref()) {
-            let url = address(endpoint, &format!("batches/{id}/cancel"));
-            self.call(endpoint, &url, |request| request).await?;
+        let (mut cancelled, mut failure) = (0, None);
+        for batch in batches.open()? {
+            let id = match batch.id {
+                Some(id) => Some(id),
+                None => self.find(endpoint, &batch.file).await?,
+            };
+            let Some(id) = id else { continue };
+            let url = address(endpoint, &format!("batches/{id}"));
+            let state = json_of(&url, &self.get(endpoint, &url).await?)?;
+            if !["validating", "in_progress", "finalizing"].iter().any(|status| state["status"] == *status) {
+                continue;
+            }
+            match self.call(endpoint, &format!("{url}/cancel"), |request| request).await {
+                Ok(_) => cancelled += 1,
+                Err(error) => failure = Some(error),
+            }
         }
-        Ok(open.len())
+        failure.map_or(Ok(cancelled), Err)
     }
 
     async fn get(&self, endpoint: &Endpoint, url: &str) -> Result<Vec<u8>, Error> {
-        self.retried(url, || endpoint.request(Method::GET, url)).await
+        self.retried(endpoint, url, || endpoint.request(Method::GET, url)).await
     }
 
     async fn call(
@@ -387,46 +466,60 @@ impl Client {
         url: &str,
         with: impl Fn(reqwest::RequestBuilder) -> reqwest::RequestBuilder,
     ) -> Result<Vec<u8>, Error> {
-        self.retried(url, || with(endpoint.request(Method::POST, url))).await
+        self.retried(endpoint, url, || with(endpoint.request(Method::POST, url))).await
     }
 
     async fn retried(
         &self,
+        endpoint: &Endpoint,
         url: &str,
         request: impl Fn() -> reqwest::RequestBuilder,
     ) -> Result<Vec<u8>, Error> {
-        let started = tokio::time::Instant::now();
         for attempt in 1.. {
-            let (last, reached) = match request().send().await {
-                Ok(response) => {
-                    let status = response.status().as_u16();
-                    match response.bytes().await {
-                        Ok(bytes) if (200..300).contains(&status) => return Ok(bytes.to_vec()),
-                        Ok(bytes) => {
-                            let body = self.endpoints.choose()?.excerpt(&bytes);
-                            if !is_transient(status) {
-                                return Err(Error::Refused { url: url.into(), status, body });
-                            }
-                            (format!("status {status}: {body}"), true)
-                        }
-                        Err(error) => (lost(&error).reason, true),
-                    }
-                }
-                Err(error) => (lost(&error).reason, !error.is_connect()),
-            };
-            if attempt > self.settings.retries {
-                let (attempts, elapsed) = (attempt, started.elapsed());
-                return Err(Error::GaveUp {
-                    url: url.into(),
-                    attempts,
-                    elapsed,
-                    last,
-                    unreachable: !reached,
-                });
+            match self.once(endpoint, url, request()).await {
+                Err(Error::GaveUp { .. }) if attempt <= self.settings.retries && !self.is_closed() => {}
+                other => return other,
             }
-            tokio::time::sleep(delay(attempt, self.settings.backoff, None)).await;
+            self.pause(delay(attempt, self.settings.backoff, None)).await;
         }
         unreachable!("the loop ends by returning")
+    }
+
+    /// Sends one request. `GaveUp` is what may go better another time.
+    async fn once(
+        &self,
+        endpoint: &Endpoint,
+        url: &str,
+        request: reqwest::RequestBuilder,
+    ) -> Result<Vec<u8>, Error> {
+        let started = tokio::time::Instant::now();
+        let gave_up = |last: String, unreachable: bool| Error::GaveUp {
+            url: url.into(),
+            attempts: 1,
+            elapsed: started.elapsed(),
+            last,
+            unreachable,
+        };
+        let mut response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return Err(gave_up(lost(&error).reason, error.is_connect())),
+        };
+        let (status, mut bytes) = (response.status().as_u16(), Vec::new());
+        while let Some(chunk) = response.chunk().await.map_err(|e| gave_up(lost(&e).reason, false))? {
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() > MOST_DOWNLOADED {
+                let reason = format!("a file of more than {MOST_DOWNLOADED} bytes");
+                return Err(Error::Batch { id: url.into(), reason });
+            }
+        }
+        if (200..300).contains(&status) {
+            return Ok(bytes);
+        }
+        let body = endpoint.excerpt(&bytes);
+        if is_transient(status) {
+            return Err(gave_up(format!("status {status}: {body}"), false));
+        }
+        Err(Error::Refused { url: url.into(), status, body })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Sending requests: bounded, paced, retried, stored, and paid for once.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -255,18 +256,34 @@ impl Client {
             let mut same = self.same.lock().unwrap_or_else(PoisonError::into_inner);
             same.entry(key.clone()).or_default().clone()
         };
+        let mut is_mine = false;
         let result = cell.get_or_try_init(|| async {
+            // Another request for the same may have ended between the look above and here.
+            if let Some(found) = self.stored(&key).map_err(Some)? {
+                return Ok(found);
+            }
+            is_mine = true;
             match &self.batches {
                 Some(batches) => Box::pin(self.in_batch(batches, &key, request)).await,
                 None => self.request(&key, request).await,
             }
         });
-        let result = result.await;
-        self.same.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        let result = result.await.cloned();
+        self.forget(&key, &cell);
         match result {
-            Ok(stored) => Ok(Some(stored.clone())),
+            // What another request paid for comes from the store.
+            Ok(stored) if !is_mine => Ok(Some(Stored { source: Source::Store, ..stored })),
+            Ok(stored) => Ok(Some(stored)),
             Err(None) => Ok(None),
             Err(Some(error)) => Err(error),
+        }
+    }
+
+    /// The last one that waits for a request's cell removes it: the map's and ours are left.
+    fn forget(&self, key: &str, cell: &Arc<OnceCell<Stored>>) {
+        let mut same = self.same.lock().unwrap_or_else(PoisonError::into_inner);
+        if Arc::strong_count(cell) <= 2 {
+            same.remove(key);
         }
     }
 
@@ -281,24 +298,31 @@ impl Client {
 
     /// `Err(None)` when the client was closed before the request, or its next attempt, could start.
     async fn request(&self, key: &str, request: &ChatRequest) -> Result<Stored, Option<Error>> {
-        let started = Instant::now();
-        let mut reached = false;
+        let (mut started, mut reached) = (None, false);
         for attempt in 1.. {
             let (endpoint, passed) = self.endpoints.pass().await.map_err(Some)?.ok_or(None)?;
-            let failure = match self.attempt(endpoint, passed, key, request, attempt).await? {
+            if endpoint.refused().is_some() {
+                continue;
+            }
+            // Time in the queue is not the request's.
+            let started = *started.get_or_insert_with(Instant::now);
+            let until = started + self.settings.deadline;
+            let failure = match self.attempt(endpoint, passed, key, request, attempt, until).await? {
                 Ok(stored) => return Ok(stored),
                 Err(failure) => failure,
             };
             reached |= failure.reached;
             tracing::debug!(attempt, url = endpoint.url, reason = failure.reason, "attempt failed");
+            let others = self.endpoints.others(endpoint);
             if let Some(status) = failure.fatal {
                 let refused = Error::Refused { url: endpoint.url.clone(), status, body: failure.reason };
-                if !refused.is_setup() || !self.endpoints.others() {
+                if !refused.is_setup() || !others {
                     return Err(Some(refused));
                 }
-                let Error::Refused { body, .. } = &refused else { return Err(Some(refused)) };
-                tracing::warn!("{refused}; its calls go to the other endpoints");
-                endpoint.refuse(status, body);
+                if endpoint.refused().is_none() {
+                    tracing::warn!("{refused}; its calls go to the other endpoints");
+                    endpoint.refuse(refused);
+                }
                 continue;
             }
             let pause = delay(attempt, self.settings.backoff, failure.asked);
@@ -313,17 +337,32 @@ impl Client {
                 }));
             }
             // Where another server can take it, there is nothing to wait for.
-            if failure.reached || !self.endpoints.others() {
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
-                    () = self.closing.notified() => {}
-                }
+            if failure.reached || !others {
+                self.pause(pause).await;
             }
             if self.is_closed() {
                 return Err(None);
             }
         }
         unreachable!("the loop ends by returning")
+    }
+
+    /// Sleeps, but not beyond the moment at which the client is closed.
+    pub(crate) async fn pause(&self, time: Duration) {
+        self.unless_closed(tokio::time::sleep(time)).await;
+    }
+
+    /// `None` when the client is closed before the future is ready.
+    pub(crate) async fn unless_closed<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let mut closing = pin!(self.closing.notified());
+        closing.as_mut().enable();
+        if self.is_closed() {
+            return None;
+        }
+        tokio::select! {
+            value = future => Some(value),
+            () = closing => None,
+        }
     }
 
     /// One attempt at one server, within its budgets and those of the user.
@@ -334,26 +373,21 @@ impl Client {
         key: &str,
         request: &ChatRequest,
         attempt: u32,
+        until: Instant,
     ) -> Result<Result<Stored, Failure>, Option<Error>> {
         let stream = self.streams.load(Ordering::Relaxed);
-        let body = endpoint.provider.body(request, stream).to_string();
-        let call = endpoint.pace.estimate(body.len(), request.max_tokens);
-        let Some(reserved) = self.ledger.reserve(call.input, call.output) else {
+        let body = Bytes::from(endpoint.provider.body(request, stream).to_string());
+        let turn = self.unless_closed(endpoint.pace.reserve(body.len(), request.max_tokens));
+        let call = turn.await.ok_or(None)?;
+        let room = self.unless_closed(self.ledger.reserve(call.input, call.output));
+        let Some(reserved) = room.await.ok_or(None)? else {
             self.close_for(Closed::Cost);
             return Err(None);
         };
-        tokio::select! {
-            () = endpoint.pace.reserve(call) => {}
-            () = self.closing.notified() => {}
-        }
-        if self.is_closed() {
-            self.ledger.settle(reserved, Usage::default());
-            return Err(None);
-        }
         let sent = Instant::now();
         self.totals.attempts.fetch_add(1, Ordering::Relaxed);
-        let bytes = Bytes::from(body);
-        let failure = match endpoint.attempt(bytes.clone(), stream).await {
+        let answer = tokio::time::timeout_at(until, endpoint.attempt(body.clone(), stream)).await;
+        let failure = match answer.unwrap_or_else(|_| Err(Failure::late())) {
             Ok(reply) => {
                 let latency = sent.elapsed();
                 let usage = reply.usage();
@@ -363,17 +397,18 @@ impl Client {
                 self.ledger.settle(reserved, usage);
                 self.count(usage);
                 let latency_ms = latency.as_millis() as u64;
-                self.keep(key, &bytes, &reply, latency_ms, attempt).await.map_err(Some)?;
+                self.keep(key, &body, &reply, latency_ms, attempt).await.map_err(Some)?;
                 return Ok(Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt }));
             }
             Err(failure) => failure,
         };
-        self.ledger.settle(reserved, Usage::default());
-        if !failure.reached {
-            endpoint.ail();
-        }
+        // What the server may bill for a call without a reply: at least its request.
+        let prompt_tokens = if failure.worked { call.input as u64 } else { 0 };
+        self.ledger.settle(reserved, Usage { prompt_tokens, ..Usage::default() });
+        endpoint.ail(failure.reached);
         if failure.overload {
             self.totals.refused.fetch_add(1, Ordering::Relaxed);
+            endpoint.pace.refused();
             passed.overloaded(sent);
         }
         // Cut off after a good while: something on the way waits no longer for the first byte.

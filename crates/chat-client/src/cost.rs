@@ -1,9 +1,11 @@
 //! What calls cost: a table of prices, and a ledger that counts calls in flight before they are paid.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::Usage;
 
@@ -71,6 +73,7 @@ impl Prices {
 struct State {
     spent: f64,
     in_flight: f64,
+    calls: usize,
 }
 
 /// Dollars spent and those that calls in flight will probably cost.
@@ -79,27 +82,53 @@ pub struct Ledger {
     price: Option<Price>,
     most: Option<f64>,
     state: Mutex<State>,
+    settled: Notify,
+}
+
+/// Whether a call may start.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Room {
+    /// It may; so much is reserved for it.
+    Now(f64),
+    /// Perhaps, when calls in flight have cost less than was reserved for them.
+    Later,
+    /// No more.
+    Never,
 }
 
 impl Ledger {
     /// `most`: no call starts that would pass it.
     pub fn new(price: Option<Price>, most: Option<f64>) -> Self {
-        Self { price, most, state: Mutex::default() }
+        Self { price, most, state: Mutex::default(), settled: Notify::new() }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reserves what a call may cost; `None` where that would pass the most that may be spent.
-    pub fn reserve(&self, input: f64, output: f64) -> Option<f64> {
+    /// Reserves what a call may cost.
+    pub fn try_reserve(&self, input: f64, output: f64) -> Room {
         let cost = self.price.map_or(0.0, |price| price.of(input, output));
         let mut state = self.state();
         if self.most.is_some_and(|most| state.spent + state.in_flight + cost > most) {
-            return None;
+            return if state.calls > 0 { Room::Later } else { Room::Never };
         }
         state.in_flight += cost;
-        Some(cost)
+        state.calls += 1;
+        Room::Now(cost)
+    }
+
+    /// The same; waits for calls in flight where that may help. `None` where nothing more may start.
+    pub async fn reserve(&self, input: f64, output: f64) -> Option<f64> {
+        loop {
+            let mut settled = pin!(self.settled.notified());
+            settled.as_mut().enable();
+            match self.try_reserve(input, output) {
+                Room::Now(cost) => return Some(cost),
+                Room::Never => return None,
+                Room::Later => settled.await,
+            }
+        }
     }
 
     /// A call is over: what was reserved goes, and what it cost, if it was answered, is spent.
@@ -107,7 +136,10 @@ impl Ledger {
         let cost = self.price.map_or(0.0, |price| price.of_usage(usage));
         let mut state = self.state();
         state.in_flight = (state.in_flight - reserved).max(0.0);
+        state.calls = state.calls.saturating_sub(1);
         state.spent += cost;
+        drop(state);
+        self.settled.notify_waiters();
     }
 
     /// Dollars spent so far; `None` where no price is known.
@@ -134,12 +166,13 @@ mod tests {
     #[test]
     fn calls_in_flight_count_against_the_most() {
         let ledger = Ledger::new(Some(Price { input: 1.0, output: 10.0 }), Some(0.02));
-        let first = ledger.reserve(0.0, 1000.0).unwrap();
+        let Room::Now(first) = ledger.try_reserve(0.0, 1000.0) else { panic!() };
         assert!((first - 0.01).abs() < 1e-12);
-        assert!(ledger.reserve(0.0, 900.0).is_some());
-        assert!(ledger.reserve(0.0, 200.0).is_none());
+        assert!(matches!(ledger.try_reserve(0.0, 900.0), Room::Now(_)));
+        assert_eq!(ledger.try_reserve(0.0, 200.0), Room::Later);
         ledger.settle(first, Usage { prompt_tokens: 0, completion_tokens: 100, total_tokens: 100 });
-        assert!(ledger.reserve(0.0, 900.0).is_some());
+        assert!(matches!(ledger.try_reserve(0.0, 900.0), Room::Now(_)));
+        assert_eq!(Ledger::new(ledger.price, Some(0.01)).try_reserve(0.0, 2000.0), Room::Never);
         assert!((ledger.spent().unwrap() - 0.001).abs() < 1e-12);
     }
 }

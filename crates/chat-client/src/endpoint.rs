@@ -21,6 +21,9 @@ use crate::{Error, Reply};
 /// Calls that share an HTTP/2 connection at most: usual servers allow a hundred streams.
 const STREAMS: usize = 100;
 
+/// Failures in a row after which an endpoint that answers is ill.
+const FAILURES: u32 = 4;
+
 /// Longest time without a byte where the reply is streamed.
 const SILENCE: Duration = Duration::from_mins(2);
 
@@ -50,6 +53,8 @@ pub struct Failure {
     pub overload: bool,
     /// The request took too long for something on the way; a streamed reply may get through.
     pub cut: bool,
+    /// The server has probably worked on it: it may bill it.
+    pub worked: bool,
 }
 
 #[derive(Debug)]
@@ -132,14 +137,20 @@ impl Endpoint {
         self.health().refused.clone()
     }
 
-    pub(crate) fn refuse(&self, status: u16, reason: &str) {
-        self.health().refused = Some((status, reason.to_string()));
+    pub(crate) fn refuse(&self, error: Error) {
+        if let Error::Refused { status, body, .. } = error {
+            self.health().refused = Some((status, body));
+        }
     }
 
-    /// It could not be reached: others take its calls for a while, longer each time.
-    pub(crate) fn ail(&self) {
+    /// A call failed. Where it could not be reached, or one failure follows the other, others take its calls for a
+    /// while, longer each time.
+    pub(crate) fn ail(&self, reached: bool) {
         let mut health = self.health();
         health.failures += 1;
+        if reached && health.failures < FAILURES {
+            return;
+        }
         let pause = Duration::from_millis(250) * (1 << health.failures.min(7));
         health.ill_until = Some(Instant::now() + pause);
     }
@@ -158,6 +169,11 @@ impl Endpoint {
 
     /// Sends a body once.
     pub(crate) async fn attempt(&self, body: Bytes, stream: bool) -> Result<Reply, Failure> {
+        let sent = self.send(body, stream).await;
+        sent.map_err(|failure| Failure { reason: self.without_key(failure.reason), ..failure })
+    }
+
+    async fn send(&self, body: Bytes, stream: bool) -> Result<Reply, Failure> {
         let request = self.request(reqwest::Method::POST, &self.url);
         let sent =
             request.header(CONTENT_TYPE, HeaderValue::from_static("application/json")).body(body).send();
@@ -171,10 +187,10 @@ impl Endpoint {
             len += chunk.len();
             if len > self.max_body {
                 let reason = format!("reply of more than {} bytes", self.max_body);
-                return Err(Failure { fatal: Some(status), ..Failure::of(reason) });
+                return Err(Failure { fatal: Some(status), worked: true, ..Failure::of(reason) });
             }
             if is_stream {
-                events.push(&chunk).map_err(Failure::of)?;
+                events.push(&chunk).map_err(Failure::unreadable)?;
             } else {
                 bytes.extend_from_slice(&chunk);
             }
@@ -183,9 +199,9 @@ impl Endpoint {
             return Err(self.refusal(status, &bytes, asked));
         }
         if is_stream {
-            bytes = events.finish().map_err(Failure::of)?.into_bytes();
+            bytes = events.finish().map_err(Failure::unreadable)?.into_bytes();
         }
-        Reply::parse(&bytes).map_err(Failure::of)
+        Reply::parse(&bytes).map_err(Failure::unreadable)
     }
 
     fn refusal(&self, status: u16, bytes: &[u8], asked: Option<Duration>) -> Failure {
@@ -202,13 +218,18 @@ impl Endpoint {
         }
     }
 
-    /// The start of a body. Some servers echo the key they refuse.
+    /// The start of a body.
     pub(crate) fn excerpt(&self, bytes: &[u8]) -> String {
-        let mut excerpt: String = String::from_utf8_lossy(bytes).chars().take(2000).collect();
-        if let Some(key) = &self.key {
-            excerpt = excerpt.replace(key.expose_secret(), "[key]");
+        let excerpt: String = String::from_utf8_lossy(bytes).chars().take(2000).collect();
+        self.without_key(excerpt).chars().take(300).collect()
+    }
+
+    /// Some servers echo the key they refuse.
+    pub(crate) fn without_key(&self, text: String) -> String {
+        match &self.key {
+            Some(key) => text.replace(key.expose_secret(), "[key]"),
+            None => text,
         }
-        excerpt.chars().take(300).collect()
     }
 
     /// Takes over the limits that the headers tell.
@@ -247,7 +268,16 @@ impl Endpoint {
 
 impl Failure {
     fn of(reason: String) -> Self {
-        Self { reason, asked: None, reached: true, fatal: None, overload: false, cut: false }
+        Self { reason, asked: None, reached: true, fatal: None, overload: false, cut: false, worked: false }
+    }
+
+    /// The request's time is over.
+    pub(crate) fn late() -> Self {
+        Self { worked: true, cut: true, ..Self::of("timed out: the deadline has passed".into()) }
+    }
+
+    fn unreadable(reason: String) -> Self {
+        Self { worked: true, ..Self::of(reason) }
     }
 }
 
@@ -277,6 +307,7 @@ pub(crate) fn lost(error: &reqwest::Error) -> Failure {
     Failure {
         reached: !error.is_connect(),
         cut: !error.is_connect(),
+        worked: !error.is_connect(),
         ..Failure::of(format!("{what}: {}", innermost(error)))
     }
 }
@@ -336,8 +367,8 @@ impl Endpoints {
         Error::Refused { url, status, body }
     }
 
-    /// True when another one could take over.
-    pub(crate) fn others(&self) -> bool {
-        self.0.iter().filter(|endpoint| endpoint.refused().is_none()).count() > 1
+    /// True when another one could take over from this one.
+    pub(crate) fn others(&self, than: &Endpoint) -> bool {
+        self.0.iter().any(|endpoint| !std::ptr::eq(endpoint, than) && endpoint.refused().is_none())
     }
 }

@@ -29,25 +29,37 @@ impl Default for InFlight {
     }
 }
 
-/// Part of the calls in flight that stays after an overload.
-const CUT: f64 = 0.7;
-
-/// Latency is flat while it is below so many times the best seen.
+/// Latency is flat while a round's mean is below so many times the best round's.
 const FLAT: f64 = 1.5;
+
+/// Share of a round's calls that may be refused without a meaning: servers refuse single calls for other reasons.
+const NOISE: f64 = 0.08;
+
+/// Growth of a round once an overload was seen.
+const GROWTH: f64 = 0.03;
 
 #[derive(Debug)]
 struct State {
     limit: f64,
     in_flight: usize,
-    /// Whether all that may be in flight were, in this round and in the one before.
-    full: [bool; 2],
-    /// Replies until this round ends.
-    left: usize,
-    /// Until the first overload the number doubles with each round; then it grows by one a round.
+    round: Round,
+    /// The round before was full.
+    was_full: bool,
+    /// Until the first overload the number doubles with each round.
     probing: bool,
-    latency: Option<f64>,
+    /// Lowest mean latency of a round, in seconds.
     best: f64,
     last_cut: Option<Instant>,
+}
+
+/// As many answers as calls may be in flight.
+#[derive(Debug, Default)]
+struct Round {
+    replies: usize,
+    seconds: f64,
+    overloads: usize,
+    /// All that might be in flight were.
+    is_full: bool,
 }
 
 /// The gate of one endpoint.
@@ -75,10 +87,9 @@ impl Flow {
             state: Mutex::new(State {
                 limit: start as f64,
                 in_flight: 0,
-                full: [false; 2],
-                left: start,
+                round: Round::default(),
+                was_full: false,
                 probing: true,
-                latency: None,
                 best: f64::INFINITY,
                 last_cut: None,
             }),
@@ -113,7 +124,7 @@ impl Flow {
     fn enter<'a>(&'a self, permit: SemaphorePermit<'a>) -> Passed<'a> {
         let mut state = self.state();
         state.in_flight += 1;
-        state.full[0] |= state.in_flight as f64 >= 0.9 * state.limit;
+        state.round.is_full |= state.in_flight as f64 >= 0.9 * state.limit;
         drop(state);
         Passed { flow: self, permit: Some(permit) }
     }
@@ -125,36 +136,49 @@ impl Flow {
 
     /// A reply came.
     fn succeeded(&self, latency: Duration) {
-        let seconds = latency.as_secs_f64();
         let mut state = self.state();
-        let smooth =
-            state.latency.map_or(seconds, |old| old + (seconds - old) * (2.0 / state.limit).min(0.2));
-        state.latency = Some(smooth);
-        // Drifts up, so that a single lucky moment does not count for ever.
-        state.best = (state.best * 1.0005).min(smooth);
-        let full = state.full[0] || state.full[1];
-        state.left -= 1;
-        if state.left == 0 {
-            state.full = [state.in_flight as f64 >= 0.9 * state.limit, state.full[0]];
-            state.left = state.limit as usize;
-        }
-        if full && smooth <= FLAT * state.best && (state.limit as usize) < self.most {
-            let step = if state.probing { 1.0 } else { 1.0 / state.limit };
-            let before = state.limit as usize;
-            state.limit = (state.limit + step).min(self.most as f64);
-            self.permits.add_permits(state.limit as usize - before);
-        }
+        state.round.replies += 1;
+        state.round.seconds += latency.as_secs_f64();
+        self.end_of_round(&mut state);
     }
 
-    /// The server says that it is too much. Calls that were sent before the last cut do not cut again.
+    /// The server says that it is too much. Calls that were sent before the last cut do not count again.
     fn overloaded(&self, sent: Instant) {
         let mut state = self.state();
         if state.last_cut.is_some_and(|cut| sent < cut) {
             return;
         }
-        state.last_cut = Some(Instant::now());
-        state.probing = false;
-        state.limit = (state.limit * CUT).max(1.0);
+        state.round.overloads += 1;
+        self.end_of_round(&mut state);
+    }
+
+    fn end_of_round(&self, state: &mut State) {
+        let Round { replies, seconds, overloads, is_full } = state.round;
+        let all = (replies + overloads) as f64;
+        // Many refusals end a round early.
+        if all < state.limit && (overloads as f64) < (0.1 * state.limit).max(4.0) {
+            return;
+        }
+        let was_full = std::mem::replace(&mut state.was_full, is_full);
+        state.round = Round { is_full: state.in_flight as f64 >= 0.9 * state.limit, ..Round::default() };
+        let refused = overloads as f64 / all;
+        if refused > NOISE {
+            state.last_cut = Some(Instant::now());
+            state.probing = false;
+            state.limit = (state.limit * (1.0 - refused / 2.0)).max(1.0);
+            return;
+        }
+        let mean = seconds / replies.max(1) as f64;
+        // Drifts up, so that one lucky round does not count for ever.
+        state.best = (state.best * 1.01).min(mean);
+        let before = state.limit as usize;
+        if (is_full || was_full) && mean <= FLAT * state.best && before < self.most {
+            let step = if state.probing { state.limit } else { (GROWTH * state.limit).max(1.0) };
+            state.limit = (state.limit + step).min(self.most as f64);
+            // Calls that a cut has left in flight beyond the limit keep their permits.
+            let out = state.in_flight + self.permits.available_permits();
+            self.permits.add_permits((state.limit as usize).saturating_sub(out.max(before)));
+        }
     }
 }
 
@@ -206,19 +230,40 @@ mod tests {
     async fn grows_while_latency_is_flat_and_is_cut_once_by_an_overload() {
         let flow = Flow::new(InFlight { start: 8, most: 100 });
         assert_eq!(round(&flow, 100, false).await, 8);
-        assert!(round(&flow, 100, false).await >= 10);
-        for _ in 0..60 {
+        assert_eq!(round(&flow, 100, false).await, 16);
+        for _ in 0..5 {
             round(&flow, 100, false).await;
         }
         assert_eq!(flow.limit(), 100);
         assert_eq!(round(&flow, 100, true).await, 100);
-        assert_eq!(flow.limit(), 70, "a hundred refusals of one moment are one overload");
-        assert_eq!(round(&flow, 100, false).await, 70);
-        for _ in 0..3 {
+        assert_eq!(flow.limit(), 50, "a hundred refusals of one moment are one overload");
+        assert_eq!(round(&flow, 100, false).await, 50);
+        for _ in 0..2 {
             round(&flow, 100, true).await;
         }
-        assert!((20..30).contains(&flow.limit()), "{}", flow.limit());
-        assert_eq!(flow.in_flight(), 0);
+        assert!((10..30).contains(&flow.limit()), "{}", flow.limit());
+        for _ in 0..80 {
+            round(&flow, 100, false).await;
+        }
+        assert_eq!((flow.limit(), flow.in_flight()), (100, 0));
+        assert_eq!(round(&flow, 100, false).await, 100);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn single_refusals_do_not_cut() {
+        let flow = Flow::new(InFlight::fixed(200));
+        for _ in 0..100 {
+            let mut passed = Vec::new();
+            while let Some(call) = flow.pass_now() {
+                passed.push(call);
+            }
+            let sent = Instant::now();
+            tokio::time::advance(Duration::from_millis(100)).await;
+            for (i, call) in passed.into_iter().enumerate() {
+                if i % 33 == 7 { call.overloaded(sent) } else { call.succeeded(Duration::from_millis(100)) }
+            }
+        }
+        assert_eq!(flow.limit(), 200);
     }
 
     #[tokio::test(start_paused = true)]
@@ -229,7 +274,7 @@ mod tests {
             round(&flow, 1000, false).await;
         }
         let limit = flow.limit();
-        assert!(limit < 32, "{limit}");
+        assert!(limit <= 16, "{limit}");
         flow.close();
         assert!(flow.pass().await.is_none());
     }

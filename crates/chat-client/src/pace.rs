@@ -20,7 +20,13 @@ pub struct Budgets {
 }
 
 /// Unused time that may be made up for: what is not started on time, for want of a worker, is not lost.
-const SLACK: Duration = Duration::from_millis(100);
+const SLACK: Duration = Duration::from_millis(500);
+
+/// Longest sleep of the call that is next: replies may correct the budgets meanwhile.
+const STEP: Duration = Duration::from_millis(20);
+
+/// Tokens of a reply while none has come.
+const GUESS: f64 = 300.0;
 
 /// One budget: the time at which the next unit is free moves ahead with each unit taken.
 #[derive(Debug, Clone, Copy)]
@@ -35,11 +41,10 @@ impl Bucket {
         Self { seconds_each: 60.0 / a_minute, slack, next: now.checked_sub(slack).unwrap_or(now) }
     }
 
-    /// Takes `units`; returns when they are free.
-    fn take(&mut self, units: f64, now: Instant) -> Instant {
+    /// Takes `units`.
+    fn take(&mut self, units: f64, now: Instant) {
         let start = self.next.max(now.checked_sub(self.slack).unwrap_or(now));
         self.next = start + seconds(units * self.seconds_each);
-        start
     }
 
     /// Gives back (or takes, where negative) units.
@@ -71,6 +76,8 @@ struct State {
 #[derive(Debug)]
 pub struct Pace {
     state: Mutex<State>,
+    /// Calls start one after the other.
+    turn: tokio::sync::Mutex<()>,
     /// A budget the user gave is not replaced by what the server says.
     given: Budgets,
 }
@@ -98,7 +105,7 @@ impl Pace {
             tokens_a_byte: 0.25,
             ..State::default()
         };
-        Self { state: Mutex::new(state), given }
+        Self { state: Mutex::new(state), turn: tokio::sync::Mutex::new(()), given }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -109,29 +116,55 @@ impl Pace {
     pub fn estimate(&self, bytes: usize, max_tokens: Option<u32>) -> Reserved {
         let state = self.state();
         let most = max_tokens.map_or(f64::INFINITY, f64::from);
-        let output =
-            if state.replies > 0.0 { state.replied_tokens / state.replies } else { most.min(1000.0) };
+        let output = if state.replies > 0.0 { state.replied_tokens / state.replies } else { GUESS };
         Reserved { input: bytes as f64 * state.tokens_a_byte, output: output.min(most), bytes: bytes as f64 }
     }
 
-    /// Reserves a call; waits until all budgets have room for it.
-    pub async fn reserve(&self, call: Reserved) {
-        let at = {
-            let mut guard = self.state();
-            let now = Instant::now();
-            let state = &mut *guard;
-            let buckets = [
-                (&mut state.requests, 1.0),
-                (&mut state.tokens, call.input + call.output),
-                (&mut state.input, call.input),
-                (&mut state.output, call.output),
-            ];
-            let times =
-                buckets.into_iter().filter_map(|(bucket, units)| Some(bucket.as_mut()?.take(units, now)));
-            times.max()
-        };
-        if let Some(at) = at {
-            tokio::time::sleep_until(at).await;
+    /// Reserves a call of so many bytes; waits for its turn, and until all budgets have room for it.
+    pub async fn reserve(&self, bytes: usize, max_tokens: Option<u32>) -> Reserved {
+        let _turn = self.turn.lock().await;
+        loop {
+            // Estimated anew each time: replies may have come.
+            let call = self.estimate(bytes, max_tokens);
+            match self.take(call) {
+                None => return call,
+                Some(wait) => tokio::time::sleep(wait.min(STEP)).await,
+            }
+        }
+    }
+
+    /// Takes a call out of the budgets, or tells how long they have no room.
+    fn take(&self, call: Reserved) -> Option<Duration> {
+        let mut guard = self.state();
+        let now = Instant::now();
+        let state = &mut *guard;
+        let buckets = [
+            (state.requests.as_mut(), 1.0),
+            (state.tokens.as_mut(), call.input + call.output),
+            (state.input.as_mut(), call.input),
+            (state.output.as_mut(), call.output),
+        ];
+        let next = buckets.iter().filter_map(|(bucket, _)| Some(bucket.as_ref()?.next)).max();
+        if let Some(next) = next.filter(|&next| next > now) {
+            return Some(next - now);
+        }
+        for (bucket, units) in buckets {
+            if let Some(bucket) = bucket {
+                bucket.take(units, now);
+            }
+        }
+        None
+    }
+
+    /// The server refused a call: what was not used is not there.
+    pub fn refused(&self) {
+        let mut guard = self.state();
+        let (now, state) = (Instant::now(), &mut *guard);
+        for bucket in [&mut state.requests, &mut state.tokens, &mut state.input, &mut state.output] {
+            if let Some(bucket) = bucket {
+                bucket.next = bucket.next.max(now);
+                bucket.slack = SLACK;
+            }
         }
     }
 
@@ -188,8 +221,10 @@ impl Pace {
             Told::Input => &mut state.input,
             Told::Output => &mut state.output,
         };
-        // What is left may be used at once, but for a tenth of the limit, which absorbs wrong estimates.
-        let slack = seconds(60.0 * (remaining - 0.1 * limit).max(0.0) / a_minute).max(SLACK);
+        // What is left may be used at once, but for a tenth of the limit, which absorbs wrong estimates, and at
+        // most a second's worth: servers look at shorter times than they tell.
+        let slack = seconds(60.0 * (remaining - 0.1 * limit).max(0.0) / a_minute);
+        let slack = slack.clamp(SLACK, Duration::from_secs(1));
         match bucket {
             None => *bucket = Some(Bucket::new(a_minute, slack, now)),
             Some(bucket) => {
@@ -254,29 +289,29 @@ mod tests {
         assert_eq!([ms("soon"), ms("5 parsecs"), ms("-1")], [None, None, None]);
     }
 
+    async fn took(pace: &Pace, calls: usize, settle: bool) -> f64 {
+        let start = Instant::now();
+        for _ in 0..calls {
+            let call = pace.reserve(400, Some(1000)).await;
+            if settle {
+                pace.settle(call, 100, 20);
+            }
+        }
+        start.elapsed().as_secs_f64()
+    }
+
     #[tokio::test(start_paused = true)]
     async fn calls_are_spread_over_the_minute() {
         let pace = Pace::new(Budgets { requests: Some(600.0), ..Budgets::default() });
-        let start = Instant::now();
-        for _ in 0..101 {
-            let call = pace.estimate(400, None);
-            pace.reserve(call).await;
-        }
-        let took = start.elapsed().as_secs_f64();
-        assert!((9.8..=10.0).contains(&took), "{took}");
+        let took = took(&pace, 101, false).await;
+        assert!((9.4..=10.0).contains(&took), "{took}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_reservation_is_corrected_by_the_reply() {
         let pace = Pace::new(Budgets { output_tokens: Some(6000.0), ..Budgets::default() });
-        let start = Instant::now();
-        for _ in 0..50 {
-            let call = pace.estimate(400, Some(1000));
-            pace.reserve(call).await;
-            pace.settle(call, 100, 20);
-        }
-        // 50 replies of 20 tokens at 100 tokens a second, and the start's estimate, which no reply had corrected.
-        let took = start.elapsed().as_secs_f64();
+        // 50 replies of 20 tokens at 100 tokens a second.
+        let took = took(&pace, 50, true).await;
         assert!((9.0..=10.1).contains(&took), "{took}");
     }
 
@@ -284,13 +319,15 @@ mod tests {
     async fn a_limit_told_by_the_server_is_kept() {
         let pace = Pace::new(Budgets::default());
         pace.told(Told::Requests, 100.0, 50.0, Duration::from_secs(30));
-        let start = Instant::now();
-        // 40 at once, as 50 are left, and 100 a minute from there.
-        for _ in 0..60 {
-            let call = pace.estimate(400, None);
-            pace.reserve(call).await;
-        }
-        let took = start.elapsed().as_secs_f64();
-        assert!((11.0..=13.0).contains(&took), "{took}");
+        // A second's worth at once, and 100 a minute from there.
+        let took = took(&pace, 60, false).await;
+        assert!((34.0..=36.0).contains(&took), "{took}");
+        pace.refused();
+        let again = took_one(&pace).await;
+        assert!(again <= 0.7, "{again}");
+    }
+
+    async fn took_one(pace: &Pace) -> f64 {
+        took(pace, 1, false).await
     }
 }

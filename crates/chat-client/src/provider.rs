@@ -1,6 +1,7 @@
 //! What differs between the servers' interfaces: address, headers, body.
 
 use reqwest::RequestBuilder;
+use reqwest::header::HeaderValue;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Map, Value, json};
 
@@ -53,7 +54,13 @@ impl Provider {
         match (self, key) {
             (_, None) => request,
             (Self::OpenAi, Some(key)) => request.bearer_auth(key.expose_secret()),
-            (Self::Anthropic, Some(key)) => request.header("x-api-key", key.expose_secret()),
+            (Self::Anthropic, Some(key)) => {
+                // A key that no header can hold is sent by nobody: the server then says that it is missing.
+                let mut value =
+                    HeaderValue::from_str(key.expose_secret()).unwrap_or(HeaderValue::from_static(""));
+                value.set_sensitive(true);
+                request.header("x-api-key", value)
+            }
         }
     }
 

@@ -40,7 +40,8 @@ pub struct Reply {
 struct Completion {
     #[serde(default)]
     choices: Vec<Choice>,
-    usage: Option<Usage>,
+    #[serde(default)]
+    usage: Value,
 }
 
 #[derive(Deserialize)]
@@ -49,14 +50,18 @@ struct Choice {
     finish_reason: Option<String>,
 }
 
+/// Servers send more than the interface says, and twice: nothing here may make a paid reply unreadable.
 #[derive(Deserialize)]
 struct Message {
     /// Text, or parts with text.
     #[serde(default)]
     content: Value,
-    #[serde(alias = "reasoning")]
-    reasoning_content: Option<Value>,
-    refusal: Option<String>,
+    #[serde(default)]
+    reasoning_content: Value,
+    #[serde(default)]
+    reasoning: Value,
+    #[serde(default)]
+    refusal: Value,
 }
 
 /// Anthropic's form.
@@ -65,7 +70,7 @@ struct Blocks {
     content: Vec<Block>,
     stop_reason: Option<String>,
     #[serde(default)]
-    usage: BlockUsage,
+    usage: Value,
 }
 
 #[derive(Deserialize)]
@@ -74,17 +79,10 @@ struct Block {
     thinking: Option<String>,
 }
 
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct BlockUsage {
-    #[serde(rename = "input_tokens")]
-    input: u64,
-    #[serde(rename = "output_tokens")]
-    output: u64,
-    #[serde(rename = "cache_creation_input_tokens")]
-    cached: Option<u64>,
-    #[serde(rename = "cache_read_input_tokens")]
-    from_cache: Option<u64>,
+/// A count; 0 where it is missing, null or no number.
+fn count(usage: &Value, name: &str) -> u64 {
+    let value = &usage[name];
+    value.as_u64().unwrap_or_else(|| value.as_f64().unwrap_or(0.0).max(0.0) as u64)
 }
 
 impl Reply {
@@ -93,7 +91,7 @@ impl Reply {
         let raw = std::str::from_utf8(body).map_err(|_| "reply is not UTF-8".to_string())?;
         let parsed: Completion =
             serde_json::from_str(raw).or_else(|error| match serde_json::from_str::<Blocks>(raw) {
-                Ok(_) => Ok(Completion { choices: Vec::new(), usage: None }),
+                Ok(_) => Ok(Completion { choices: Vec::new(), usage: Value::Null }),
                 Err(_) => Err(format!("reply is not a chat completion: {error}")),
             })?;
         // A raw line break stands between values only: the text stays the same JSON on one line.
@@ -107,10 +105,16 @@ impl Reply {
         Ok(Self {
             raw,
             content: text_of(message.content),
-            reasoning: message.reasoning_content.map(text_of).unwrap_or_default(),
-            finish_reason: finish_reason.unwrap_or_default(),
-            refusal: message.refusal.filter(|text| !text.is_empty()),
-            usage: parsed.usage.unwrap_or_default(),
+            reasoning: Some(text_of(message.reasoning_content))
+                .filter(|text| !text.is_empty())
+                .unwrap_or_else(|| text_of(message.reasoning)),
+            finish_reason: plain(&finish_reason.unwrap_or_default()),
+            refusal: Some(text_of(message.refusal)).filter(|text| !text.is_empty()),
+            usage: Usage {
+                prompt_tokens: count(&parsed.usage, "prompt_tokens"),
+                completion_tokens: count(&parsed.usage, "completion_tokens"),
+                total_tokens: count(&parsed.usage, "total_tokens"),
+            },
         })
     }
 
@@ -147,21 +151,15 @@ impl Reply {
 
 impl Blocks {
     fn reply(self, raw: String) -> Reply {
-        let finish = match self.stop_reason.as_deref().unwrap_or_default() {
-            "end_turn" | "stop_sequence" => "stop",
-            "max_tokens" | "model_context_window_exceeded" => "length",
-            "refusal" => "content_filter",
-            other => other,
-        };
-        let usage = &self.usage;
-        let prompt_tokens = usage.input + usage.cached.unwrap_or(0) + usage.from_cache.unwrap_or(0);
-        let completion_tokens = usage.output;
+        let input = ["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"];
+        let prompt_tokens = input.iter().map(|name| count(&self.usage, name)).sum();
+        let completion_tokens = count(&self.usage, "output_tokens");
         let all =
             |part: fn(&Block) -> Option<&String>| self.content.iter().filter_map(part).cloned().collect();
         Reply {
             content: all(|block| block.text.as_ref()),
             reasoning: all(|block| block.thinking.as_ref()),
-            finish_reason: finish.into(),
+            finish_reason: plain(&self.stop_reason.clone().unwrap_or_default()),
             refusal: None,
             usage: Usage {
                 prompt_tokens,
@@ -171,6 +169,18 @@ impl Blocks {
             raw,
         }
     }
+}
+
+/// The reasons of all servers in OpenAI's words.
+fn plain(reason: &str) -> String {
+    let lower = reason.to_ascii_lowercase();
+    let plain = match lower.as_str() {
+        "end_turn" | "stop_sequence" | "eos" | "eos_token" => "stop",
+        "max_tokens" | "model_context_window_exceeded" => "length",
+        "refusal" | "safety" => "content_filter",
+        other => other,
+    };
+    plain.into()
 }
 
 /// A text, or the texts of its parts.
@@ -206,6 +216,17 @@ mod tests {
         let reply = Reply::parse(body.as_bytes()).unwrap();
         assert_eq!((reply.content(), reply.reasoning(), reply.finish_reason()), ("Hi", "hm", "length"));
         assert_eq!(reply.usage(), Usage { prompt_tokens: 7, completion_tokens: 4, total_tokens: 11 });
+    }
+
+    #[test]
+    fn what_servers_send_beside_the_interface_does_not_cost_a_reply() {
+        let body = r#"{"choices": [{"message": {"content": "Hi", "reasoning": "a", "reasoning_content": "b", "refusal": null},
+            "finish_reason": "MAX_TOKENS"}], "usage": {"prompt_tokens": 12.0, "completion_tokens": null}}"#;
+        let reply = Reply::parse(body.as_bytes()).unwrap();
+        assert_eq!((reply.content(), reply.reasoning(), reply.finish_reason()), ("Hi", "b", "length"));
+        assert_eq!(reply.usage(), Usage { prompt_tokens: 12, ..Usage::default() });
+        let none = r#"{"content": [{"type": "text", "text": "Hi"}], "usage": {"input_tokens": null}}"#;
+        assert_eq!(Reply::parse(none.as_bytes()).unwrap().usage(), Usage::default());
     }
 
     #[test]

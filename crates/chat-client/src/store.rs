@@ -98,6 +98,7 @@ impl ReplyStore {
         let line = self.read(place).map_err(|e| failed(e.to_string()))?;
         if !log::is_whole(&line) {
             tracing::warn!(key, offset = place.offset, "a stored reply is damaged: it is asked for again");
+            log::number(key).map(|key| lock(&self.index).remove(&key));
             return Ok(None);
         }
         serde_json::from_slice(&line).map(Some).map_err(|e| failed(format!("byte {}: {e}", place.offset)))

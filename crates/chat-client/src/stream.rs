@@ -54,8 +54,10 @@ impl Collected {
         let choice = &event["choices"][0];
         let delta = &choice["delta"];
         add(&mut self.content, &delta["content"]);
-        add(&mut self.reasoning, &delta["reasoning_content"]);
-        add(&mut self.reasoning, &delta["reasoning"]);
+        let names = ["reasoning_content", "reasoning"];
+        if let Some(name) = names.into_iter().find(|name| delta[*name].is_string()) {
+            add(&mut self.reasoning, &delta[name]);
+        }
         add(&mut self.refusal, &delta["refusal"]);
         if !choice["finish_reason"].is_null() {
             self.finish = Some(choice["finish_reason"].clone());

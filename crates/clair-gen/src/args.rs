@@ -98,7 +98,7 @@ pub struct ServerArgs {
     /// Stream replies; auto does from the moment on when a long request was cut off on the way [default: auto].
     #[arg(long, value_enum, requires = "endpoint")]
     pub stream: Option<Stream>,
-    /// End before more US dollars than this are spent; calls in flight count.
+    /// End this run before it spends more US dollars than this; calls in flight count.
     #[arg(long, value_name = "USD", requires = "endpoint")]
     pub max_cost: Option<f64>,
     /// US dollars for a million tokens of requests [default: from the table of prices, if it has the model].
@@ -137,7 +137,7 @@ pub struct AskingArgs {
     /// [default: markers].
     #[arg(long, value_enum, requires = "endpoint")]
     pub reply_format: Option<ReplyFormat>,
-    /// Sampling temperature.
+    /// Sampling temperature [default: the server's; 0 for judges].
     #[arg(long, requires = "endpoint")]
     pub temperature: Option<f64>,
     /// Nucleus.

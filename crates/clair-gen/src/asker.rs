@@ -92,11 +92,14 @@ impl Asker {
             } else {
                 again && asked <= self.form_retries
             };
-            if !goes_on {
+            // What an earlier run with --retry-failed has bought is there.
+            let mut next = request.clone();
+            next.sample += 1;
+            if !goes_on && !self.client.store().has(&next.key()) {
                 let last = stored.reply.content().chars().take(200).collect();
                 return Ok(failed(reason.name(), asked, last));
             }
-            request.sample += 1;
+            request = next;
         }
     }
 
@@ -105,16 +108,11 @@ impl Asker {
         ChatRequest { messages, ..self.request.clone() }
     }
 
-    /// A request of the judge: as even as can be.
+    /// A request of the judge: as even as can be, where no temperature is given.
     pub fn judge(&self, messages: Vec<ChatMessage>) -> ChatRequest {
-        let temperature = self.request.reasoning.is_none().then_some(0.0);
-        ChatRequest {
-            model: self.judge_model.clone(),
-            messages,
-            temperature,
-            top_p: None,
-            ..self.request.clone()
-        }
+        let even = self.request.reasoning.is_none().then_some(0.0);
+        let temperature = self.request.temperature.or(even);
+        ChatRequest { model: self.judge_model.clone(), messages, temperature, ..self.request.clone() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a run will take, before it starts: from the lengths of its prompts and answers.
 
 use std::fmt;
+use std::sync::Arc;
 
 use anyhow::Result;
 use chat_client::Price;
@@ -36,7 +37,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// Looks at the rows' prompts.
-    pub fn new(methods: &Methods, asker: &Asker, all: &[Method], answers: &[Answer]) -> Result<Self> {
+    pub fn new(methods: &Methods, asker: &Asker, all: &[Method], answers: &[Arc<Answer>]) -> Result<Self> {
         let mut sum = Self::default();
         let step = answers.len().div_ceil(LOOKED_AT).max(1);
         for answer in answers.iter().step_by(step) {

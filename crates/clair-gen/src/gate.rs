@@ -63,7 +63,8 @@ mod tests {
     fn bounds_name_what_they_refuse() {
         let answer =
             Answer { id: "1".into(), messages: Vec::new(), responses: Vec::new(), scores: Vec::new() };
-        let pair = Pair::new(answer, "one two three four".into(), "one two three".into(), Spent::default());
+        let pair =
+            Pair::new(answer.into(), "one two three four".into(), "one two three".into(), Spent::default());
         let refuses = |gate: Gate| gate.refuses(&pair).map(|(reason, _)| reason);
         let with = |bounds| Gate { jaccard: bounds, ..Gate::default() };
         assert_eq!(refuses(Gate::default()), None);

@@ -1,6 +1,7 @@
 //! The output directory.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
 use chat_client::{Reply, Usage};
@@ -16,7 +17,7 @@ use crate::input::Answer;
 #[derive(Debug, Clone)]
 pub struct Pair {
     /// The row it was made of.
-    pub answer: Answer,
+    pub answer: Arc<Answer>,
     /// The better text.
     pub chosen: String,
     /// The worse text.
@@ -52,7 +53,7 @@ pub struct Failed {
 
 impl Pair {
     /// Two texts for a row.
-    pub fn new(answer: Answer, chosen: String, rejected: String, spent: Spent) -> Self {
+    pub fn new(answer: Arc<Answer>, chosen: String, rejected: String, spent: Spent) -> Self {
         Self {
             contrast: Contrast::of(&rejected, &chosen),
             answer,
@@ -104,17 +105,15 @@ impl Pair {
 /// Writes pairs and failures, in the order of the input, then the manifest. Its presence means that the
 /// directory is complete.
 pub fn write(dir: &Path, method: Method, pairs: &[Pair], failed: &[Failed], about: &Value) -> Result<()> {
-    let rows: Vec<Value> = pairs.iter().map(Pair::row).collect();
-    write_jsonl(&dir.join("pairs.jsonl"), &rows)?;
-    write_parquet_pairs(&dir.join("pairs.parquet"), &rows)?;
-    let failures: Vec<Value> = failed.iter().map(|f| json!(f)).collect();
-    write_jsonl(&dir.join("failed.jsonl"), &failures)?;
-    let card = card(method, rows.len(), failures.len(), about);
+    write_jsonl(&dir.join("pairs.jsonl"), pairs.iter().map(Pair::row))?;
+    write_parquet_pairs(&dir.join("pairs.parquet"), pairs.iter().map(Pair::row))?;
+    write_jsonl(&dir.join("failed.jsonl"), failed.iter().map(|failed| json!(failed)))?;
+    let card = card(method, pairs.len(), failed.len(), about);
     write_atomic(&dir.join("README.md"), |out| out.write_all(card.as_bytes()))?;
     let hash = |name: &str| -> Result<String> { Ok(pref_data::hash_file(&dir.join(name))?) };
     let manifest = json!({
-        "pairs": rows.len(),
-        "failed": failures.len(),
+        "pairs": pairs.len(),
+        "failed": failed.len(),
         "about": about,
         "blake3": {
             "pairs.jsonl": hash("pairs.jsonl")?,

@@ -17,6 +17,8 @@ pub struct Progress {
     total: usize,
     pairs: usize,
     failed: usize,
+    /// Rows for which the server was asked now.
+    asked: usize,
     started: Instant,
     told: Instant,
 }
@@ -29,11 +31,12 @@ impl Progress {
             ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
         let now = Instant::now();
-        Self { bar, total, pairs: 0, failed: 0, started: now, told: now }
+        Self { bar, total, pairs: 0, failed: 0, asked: 0, started: now, told: now }
     }
 
     /// A row is done.
-    pub fn count(&mut self, row: &Row) {
+    pub fn count(&mut self, row: &Row, is_new: bool) {
+        self.asked += usize::from(is_new);
         match row {
             Row::Pair(_) => self.pairs += 1,
             Row::Failed(_) => self.failed += 1,
@@ -56,7 +59,8 @@ impl Progress {
     }
 
     fn left(&self, done: usize) -> Option<HumanDuration> {
-        let each = self.started.elapsed().checked_div(u32::try_from(done).ok()?)?;
+        // Rows that were stored took no time.
+        let each = self.started.elapsed().checked_div(u32::try_from(self.asked).ok()?)?;
         Some(HumanDuration(each * u32::try_from(self.total.saturating_sub(done)).unwrap_or(u32::MAX)))
     }
 
@@ -71,7 +75,8 @@ impl Progress {
             text += &format!(", {} refused", counts.refused);
         }
         if let Some(spent) = counts.spent {
-            let projected = spent * self.total as f64 / done.max(1) as f64;
+            let left = self.total.saturating_sub(done);
+            let projected = spent + spent * left as f64 / self.asked.max(1) as f64;
             text += &format!(", ${spent:.2} of about ${projected:.2}");
         }
         text

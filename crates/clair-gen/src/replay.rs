@@ -3,6 +3,8 @@
 //! A line holds `task` and `student_solution` (or `prompt` and `answer`, or `id`) and the raw chat
 //! completion in `response`.
 
+use std::sync::Arc;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -57,7 +59,7 @@ impl Replay {
     }
 
     /// The pair that the recorded reply gives.
-    pub fn row(&self, answer: Answer, spent: &mut Spent) -> Row {
+    pub fn row(&self, answer: Arc<Answer>, spent: &mut Spent) -> Row {
         let failed = |reason: &str, attempts: u32, last: String| {
             let (id, reason) = (answer.id.clone(), reason.into());
             Row::Failed(Failed { id, reason, attempts, last_error: last })

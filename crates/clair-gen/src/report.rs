@@ -204,7 +204,7 @@ mod tests {
             responses: vec![rejected.into()],
             scores: Vec::new(),
         };
-        Pair::new(answer, chosen.into(), rejected.into(), Spent::default())
+        Pair::new(answer.into(), chosen.into(), rejected.into(), Spent::default())
     }
 
     #[test]

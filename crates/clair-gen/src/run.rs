@@ -74,7 +74,8 @@ pub async fn generate(
     args: &Args,
     interrupted: impl Future<Output = ()> + Send + 'static,
 ) -> Result<Outcome> {
-    let answers = input::read(&args.input, &args.method)?;
+    let answers: Vec<Arc<Answer>> =
+        input::read(&args.input, &args.method)?.into_iter().map(Arc::new).collect();
     setup::check(args, &answers)?;
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let methods = setup::methods(args).await?;
@@ -159,8 +160,8 @@ fn about(args: &Args, method: Method) -> Value {
     })
 }
 
-fn replayed(methods: &Methods, replay: &Replay, answers: Vec<Answer>) -> Vec<Done> {
-    let done = |(index, answer): (usize, Answer)| {
+fn replayed(methods: &Methods, replay: &Replay, answers: Vec<Arc<Answer>>) -> Vec<Done> {
+    let done = |(index, answer): (usize, Arc<Answer>)| {
         let mut spent = Spent { from_store: 1, ..Spent::default() };
         let row = methods.gated(replay.row(answer, &mut spent));
         Done { place: (0, index), row, spent }
@@ -174,7 +175,7 @@ type Waiting = VecDeque<(usize, usize)>;
 async fn asked(
     args: &Args,
     methods: &Arc<Methods>,
-    answers: &[Answer],
+    answers: &[Arc<Answer>],
     interrupted: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(Vec<Done>, Counts)> {
     let stopper = methods.clone();
@@ -187,11 +188,13 @@ async fn asked(
     // Row by row, so that a set of every method is there for the rows that are.
     let mut waiting: Waiting =
         (0..answers.len()).flat_map(|row| (0..args.method.len()).map(move |method| (method, row))).collect();
-    let most = if args.server.batch_api { usize::MAX } else { BEGUN };
     let mut run = Run::new(args, methods, waiting.len());
     let mut tasks = JoinSet::new();
     let mut ticks = tokio::time::interval(Duration::from_millis(250));
     loop {
+        let limit = run.counts().limit;
+        // A quarter more than may be in flight keeps every call busy.
+        let most = if args.server.batch_api { usize::MAX } else { (limit + limit / 4 + 64).min(BEGUN) };
         while tasks.len() < most
             && let Some(place) = waiting.pop_front()
         {
@@ -250,7 +253,7 @@ impl<'a> Run<'a> {
     fn take(&mut self, result: Result<Done>) {
         match result {
             Ok(done) => {
-                self.progress.count(&done.row);
+                self.progress.count(&done.row, done.spent.from_server > 0);
                 self.watch(&done);
                 self.done.push(done);
             }
@@ -266,16 +269,17 @@ impl<'a> Run<'a> {
         self.fatal.get_or_insert(error);
     }
 
-    /// Rows that were asked now, and what became of them. What a gate or a judge refuses is no failure.
+    /// Whether so many rows fail that the set-up must be wrong. Calls in flight may still go well, and what a gate or
+    /// a judge refuses is no failure.
     fn watch(&mut self, done: &Done) {
-        let failure = match &done.row {
-            Row::Failed(failed) => (done.spent.from_server > 0 || failed.attempts > 0).then_some(failed),
-            _ => None,
-        };
-        self.tried += usize::from(done.spent.from_server > 0 || failure.is_some());
-        let Some(failed) = failure.filter(|failed| failed.attempts > 0) else { return };
+        self.tried += 1;
+        let Row::Failed(failed) = &done.row else { return };
+        if failed.attempts == 0 {
+            return;
+        }
         self.failures += 1;
-        let share = self.failures as f64 / self.tried as f64;
+        let all = self.tried + self.counts().in_flight;
+        let share = self.failures as f64 / all as f64;
         if self.tried >= FEW && share > self.most_failures {
             let error = anyhow::anyhow!(
                 "{} of {} rows failed, more than --max-failure-rate {} allows; the last one: {} ({}); what was \

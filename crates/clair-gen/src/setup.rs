@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,8 +20,11 @@ use crate::methods::{DropUnverified, Methods};
 use crate::parse::Form;
 use crate::prompt::{CLAIR, JUDGE, Prompt, SCORE, Style};
 
+/// Methods in which a judge is asked.
+const JUDGING: [Method; 2] = [Method::Judge, Method::JudgeOffpolicy];
+
 /// Refuses what would do nothing or contradicts itself.
-pub fn check(args: &Args, answers: &[Answer]) -> Result<()> {
+pub fn check(args: &Args, answers: &[Arc<Answer>]) -> Result<()> {
     let has = |method: Method| args.method.contains(&method);
     let judges = has(Method::Judge) || has(Method::JudgeOffpolicy);
     let revises = has(Method::Clair) || has(Method::Stronger);
@@ -95,11 +99,10 @@ pub async fn methods(args: &Args) -> Result<Methods> {
         let file = files.iter().find(|(method, _)| methods.contains(method)).map(|(_, path)| path.as_path());
         Prompt::read(file, built_in, style, form)
     };
-    let judging = [Method::Judge, Method::JudgeOffpolicy];
     let judge_by = args.asking.judge_by.unwrap_or(JudgeBy::Compare);
     let (compares, scores) = match judge_by {
-        JudgeBy::Compare => (&judging[..], &[][..]),
-        JudgeBy::Score => (&[][..], &judging[..]),
+        JudgeBy::Compare => (&JUDGING[..], &[][..]),
+        JudgeBy::Score => (&[][..], &JUDGING[..]),
     };
     Ok(Methods {
         asker,
@@ -117,8 +120,10 @@ pub async fn methods(args: &Args) -> Result<Methods> {
 fn prompt_files(args: &Args) -> Result<Vec<(Method, PathBuf)>> {
     let file = |text: &String| {
         let named = text.split_once('=').and_then(|(name, path)| {
-            let method = args.method.iter().find(|method| method.name() == name)?;
-            Some((*method, PathBuf::from(path)))
+            // Pairs are verified by the judge's prompt.
+            let judge = args.gate.verify.then_some(Method::Judge);
+            let method = args.method.iter().copied().chain(judge).find(|method| method.name() == name)?;
+            Some((method, PathBuf::from(path)))
         });
         let (method, path) = match (named, args.method.as_slice()) {
             (Some(named), _) => named,
@@ -131,7 +136,10 @@ fn prompt_files(args: &Args) -> Result<Vec<(Method, PathBuf)>> {
         );
         Ok((method, path))
     };
-    args.asking.prompt_file.iter().map(file).collect()
+    let files: Vec<(Method, PathBuf)> = args.asking.prompt_file.iter().map(file).collect::<Result<_>>()?;
+    let judges = files.iter().filter(|(method, _)| JUDGING.contains(method)).count();
+    ensure!(judges <= 1, "--prompt-file: both judging methods use one prompt; give it once");
+    Ok(files)
 }
 
 fn check_provider(args: &Args, providers: &[Provider]) -> Result<()> {
@@ -157,6 +165,13 @@ fn check_provider(args: &Args, providers: &[Provider]) -> Result<()> {
             "--reasoning-budget {budget} leaves no tokens of --max-tokens {most} for the reply"
         );
     }
+    if args.server.batch_api {
+        ensure!(providers.len() == 1, "--batch-api takes one endpoint");
+        ensure!(
+            asking.reply_format != Some(ReplyFormat::Auto),
+            "--batch-api needs a --reply-format that is not auto, which asks the server first"
+        );
+    }
     ensure!(!(anthropic && args.server.batch_api), "--batch-api is offered for OpenAI's interface alone");
     Ok(())
 }
@@ -174,8 +189,10 @@ async fn probe(asker: &Asker, providers: &[Provider]) -> Result<Form> {
     request.schema = Some(("probe".into(), schema));
     match asker.client.complete(&request).await {
         Ok(Some(stored)) if crate::parse::json::object(stored.reply.content()).is_ok() => Ok(Form::Json),
-        Err(error) if error.is_setup() && !matches!(error, Error::Refused { .. }) => Err(error.into()),
-        _ => Ok(Form::Markers),
+        Ok(Some(_)) | Err(Error::Refused { status: 400 | 404 | 422, .. }) => Ok(Form::Markers),
+        Ok(None) => bail!("stopped before the server was asked for its reply format"),
+        // Anything else says nothing about the format: guessing would ask for every row twice.
+        Err(error) => Err(error).context("asking the server for its reply format (--reply-format auto)"),
     }
 }
 

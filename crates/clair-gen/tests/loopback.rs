@@ -256,6 +256,10 @@ fn rows_that_cannot_be_used_are_listed_with_their_reason() {
     assert_eq!(server.total(), 2 + 1 + 1 + 5 + 5 + 1 + 1);
     succeeds(&run(dir.path(), &server.url(), &["--retry-failed"]));
     assert_eq!(reasons(), want(10));
+    // What was bought then is there without the flag too.
+    let asked = server.total();
+    succeeds(&run(dir.path(), &server.url(), &[]));
+    assert_eq!((reasons(), server.total()), (want(10), asked));
 }
 
 #[test]
@@ -276,7 +280,7 @@ fn money_is_not_spent_beyond_the_limit_and_a_higher_one_goes_on() {
     let prices = ["--price-input", "1", "--price-output", "10", "--max-tokens", "100"];
     let with = |most: &'static str| [&prices[..], &["--max-cost", most]].concat();
     // A call of this input costs about 0.0008 dollars.
-    fails(&run(dir.path(), &server.url(), &with("0.02")), "--max-cost would be passed");
+    fails(&run(dir.path(), &server.url(), &with("0.01")), "--max-cost would be passed");
     let first = server.total();
     assert!((5..40).contains(&first), "{first}");
     succeeds(&run(dir.path(), &server.url(), &with("10")));
@@ -391,6 +395,18 @@ fn an_endpoint_that_fails_is_replaced_by_the_others() {
     let endpoints = format!("http://127.0.0.1:{port}/v1,{},{}", refused.url(), good.url());
     succeeds(&run(dir.path(), &endpoints, &[]));
     assert_eq!((good.count("good"), pairs(dir.path()).len()), (ROWS, ROWS));
+    // Many calls are refused at the same time by the one of two; and one that only fails is left for a while.
+    let two = tempfile::tempdir().unwrap();
+    write_input(two.path());
+    succeeds(&run(two.path(), &format!("{},{}", refused.url(), good.url()), &[]));
+    let fails_all = start(Behaviour { fails: true, ..Behaviour::default() });
+    let slow = start(Behaviour { latency_ms: 5.0, ..Behaviour::default() });
+    let three = tempfile::tempdir().unwrap();
+    write_input(three.path());
+    let flags = ["--retries", "8", "--max-in-flight", "4"];
+    succeeds(&run(three.path(), &format!("{},{}", fails_all.url(), slow.url()), &flags));
+    assert_eq!(slow.count("good"), ROWS);
+    assert!(fails_all.total() < ROWS, "{}", fails_all.total());
 }
 
 #[test]

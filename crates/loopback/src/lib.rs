@@ -42,6 +42,9 @@ pub struct Behaviour {
     /// Every request is refused for its key.
     #[arg(long)]
     pub unauthorized: bool,
+    /// Every request is answered 500.
+    #[arg(long)]
+    pub fails: bool,
     /// Requests with a schema for the reply are refused.
     #[arg(long)]
     pub no_schema: bool,

@@ -89,6 +89,10 @@ async fn chat(body: &Bytes, shared: &Shared, is_anthropic: bool) -> Answer {
         count("unauthorized");
         return status(401, "bad key");
     }
+    if behaviour.fails {
+        count("fails");
+        return status(500, "oops");
+    }
     if behaviour.no_schema && !request["response_format"].is_null() {
         count("no_schema");
         return status(400, "response_format is not supported");

@@ -1,5 +1,6 @@
 //! Writing: whole files atomically, logs by appending, pairs as Parquet.
 
+use std::borrow::Borrow;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Error as Io, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::sync::Arc;
 
 use arrow_schema::{DataType, Field, Fields, Schema};
 use parquet::arrow::ArrowWriter;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::Error;
@@ -52,8 +54,8 @@ pub(crate) fn readable(_: &File) -> std::io::Result<()> {
 }
 
 /// Writes rows as JSON Lines, atomically.
-pub fn write_jsonl<'a>(path: &Path, rows: impl IntoIterator<Item = &'a Value>) -> Result<(), Error> {
-    write_atomic(path, |out| rows.into_iter().try_for_each(|row| writeln!(out, "{row}")))
+pub fn write_jsonl<V: Borrow<Value>>(path: &Path, rows: impl IntoIterator<Item = V>) -> Result<(), Error> {
+    write_atomic(path, |out| rows.into_iter().try_for_each(|row| writeln!(out, "{}", row.borrow())))
 }
 
 /// Appends JSON lines; a torn last line left by a crash is cut off when the file is opened again.
@@ -86,16 +88,21 @@ impl JsonlAppender {
 /// Writes rows with the columns of the published CLAIR sets as Parquet, atomically: `id`, `prompt`,
 /// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`; and, where rows have them,
 /// `jaccard`, `levenshtein`, `length_change`, `verified`, `tie`, `chosen_score` and `rejected_score`.
-pub fn write_parquet_pairs(path: &Path, rows: &[Value]) -> Result<(), Error> {
+pub fn write_parquet_pairs<V: Borrow<Value> + Serialize>(
+    path: &Path,
+    rows: impl IntoIterator<Item = V>,
+) -> Result<(), Error> {
     let schema = Arc::new(pair_schema());
     write_atomic(path, |out| {
         let mut writer = ArrowWriter::try_new(out, schema.clone(), None).map_err(Io::other)?;
-        for rows in rows.chunks(BATCH) {
+        let mut rows = rows.into_iter().peekable();
+        while rows.peek().is_some() {
+            let rows: Vec<V> = rows.by_ref().take(BATCH).collect();
             let mut decoder = arrow_json::ReaderBuilder::new(schema.clone())
                 .with_batch_size(rows.len())
                 .build_decoder()
                 .map_err(Io::other)?;
-            decoder.serialize(rows).map_err(Io::other)?;
+            decoder.serialize(&rows).map_err(Io::other)?;
             if let Some(batch) = decoder.flush().map_err(Io::other)? {
                 writer.write(&batch).map_err(Io::other)?;
             }
@@ -157,7 +164,7 @@ mod tests {
         let chat = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Ä"}]);
         let row = json!({"id": "1", "prompt": "Q", "chosen": chat, "rejected": chat, "rational": "r",
                          "finish_reason": "stop", "usage": {"prompt_tokens": 3}});
-        write_parquet_pairs(&path, &[row.clone(), row]).unwrap();
+        write_parquet_pairs(&path, [&row, &row]).unwrap();
         let reader = SerializedFileReader::new(File::open(&path).unwrap()).unwrap();
         let rows: Vec<_> = reader.get_row_iter(None).unwrap().map(|row| row.unwrap().to_string()).collect();
         assert_eq!(rows.len(), 2);

@@ -1,5 +1,7 @@
 //! CLAIR: a stronger model revises the answer minimally.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 
 use super::{Methods, Row, with_schema};
@@ -10,7 +12,7 @@ use crate::parse::checks::Around;
 use crate::parse::{self, json};
 
 /// The revision is chosen, the answer rejected.
-pub async fn pair(methods: &Methods, answer: Answer, spent: &mut Spent) -> Result<Row> {
+pub async fn pair(methods: &Methods, answer: Arc<Answer>, spent: &mut Spent) -> Result<Row> {
     let asker = methods.asker()?;
     let messages = methods.clair.one(&answer, answer.response())?;
     let form = methods.clair.form();

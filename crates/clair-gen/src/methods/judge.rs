@@ -1,5 +1,7 @@
 //! A judge picks the better and the worse of several answers: of the model's own, or of any models'.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 
 use super::{Methods, Row, with_schema};
@@ -11,7 +13,7 @@ use crate::parse::json;
 use crate::parse::verdict::{Verdict, score, verdict};
 
 /// The best answer is chosen, the worst rejected.
-pub async fn pair(methods: &Methods, method: Method, answer: Answer, spent: &mut Spent) -> Result<Row> {
+pub async fn pair(methods: &Methods, method: Method, answer: Arc<Answer>, spent: &mut Spent) -> Result<Row> {
     let given = method == Method::JudgeOffpolicy && !answer.scores.is_empty();
     let scored = if given {
         Asked::Got(answer.scores.clone(), chat_client::Reply::default())
@@ -30,7 +32,7 @@ pub async fn pair(methods: &Methods, method: Method, answer: Answer, spent: &mut
 }
 
 /// The first of the best and the first of the worst; a tie where all are the same.
-fn choose(ties: Ties, answer: Answer, scores: &[f64], reply: &chat_client::Reply, spent: Spent) -> Row {
+fn choose(ties: Ties, answer: Arc<Answer>, scores: &[f64], reply: &chat_client::Reply, spent: Spent) -> Row {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
     let (Some(&best), Some(worst)) = (order.first(), order.last().map(|&last| scores[last])) else {
@@ -39,7 +41,7 @@ fn choose(ties: Ties, answer: Answer, scores: &[f64], reply: &chat_client::Reply
     let tie = scores[best] == worst;
     if tie && ties == Ties::Drop {
         let last_error = format!("all answers are worth {worst}");
-        return Row::Failed(Failed { id: answer.id, reason: "tie".into(), attempts: 0, last_error });
+        return Row::Failed(Failed { id: answer.id.clone(), reason: "tie".into(), attempts: 0, last_error });
     }
     // Where all are the same, the first two; else the first of the worst.
     let worst = if tie { 1 } else { scores.iter().position(|&score| score == worst).unwrap_or(1) };
@@ -132,7 +134,7 @@ mod tests {
             responses: ["a", "b", "c"].map(String::from).to_vec(),
             scores: Vec::new(),
         };
-        match choose(ties, answer, scores, &chat_client::Reply::default(), Spent::default()) {
+        match choose(ties, answer.into(), scores, &chat_client::Reply::default(), Spent::default()) {
             Row::Pair(pair) => Some((pair.chosen, pair.rejected, pair.tie.unwrap())),
             _ => None,
         }

@@ -5,6 +5,8 @@ pub mod judge;
 pub mod stronger;
 pub mod verify;
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use chat_client::ChatRequest;
 
@@ -54,7 +56,7 @@ pub struct DropUnverified(pub bool);
 
 impl Methods {
     /// Makes a pair of a row. `spent` is added to, whatever becomes of it.
-    pub async fn make(&self, method: Method, answer: Answer, spent: &mut Spent) -> Result<Row> {
+    pub async fn make(&self, method: Method, answer: Arc<Answer>, spent: &mut Spent) -> Result<Row> {
         let row = match method {
             Method::Clair => clair::pair(self, answer, spent).await?,
             Method::Stronger => stronger::pair(self, answer, spent).await?,
@@ -78,7 +80,7 @@ impl Methods {
         match self.gate.refuses(&pair) {
             None => Row::Pair(pair),
             Some((reason, value)) => Row::Failed(Failed {
-                id: pair.answer.id,
+                id: pair.answer.id.clone(),
                 reason: reason.into(),
                 attempts: 0,
                 last_error: format!("{value:.3}"),

@@ -1,5 +1,7 @@
 //! Stronger preferred: a stronger model answers the prompt itself.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 
 use super::{Methods, Row};
@@ -9,7 +11,7 @@ use crate::output::Pair;
 use crate::parse::{self, Reason};
 
 /// The stronger model's answer is chosen, the model's own rejected.
-pub async fn pair(methods: &Methods, answer: Answer, spent: &mut Spent) -> Result<Row> {
+pub async fn pair(methods: &Methods, answer: Arc<Answer>, spent: &mut Spent) -> Result<Row> {
     let asker = methods.asker()?;
     let request = asker.teacher(answer.messages.clone());
     let own = answer.response().to_string();

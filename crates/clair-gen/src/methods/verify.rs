@@ -19,7 +19,7 @@ pub async fn pair(methods: &Methods, mut pair: Pair, spent: &mut Spent) -> Resul
         Asked::Stopped => return Ok(Row::Stopped),
     };
     if drop && verified != Some(true) {
-        let (id, reason) = (pair.answer.id, "unverified".into());
+        let (id, reason) = (pair.answer.id.clone(), "unverified".into());
         return Ok(Row::Failed(Failed { id, reason, attempts: 0, last_error: why.into() }));
     }
     pair.verified = verified;

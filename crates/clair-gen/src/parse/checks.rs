@@ -12,8 +12,8 @@ pub struct Around<'a> {
     pub answer: &'a str,
 }
 
-/// Phrases that give a revision away as one, unless the task or the answer has them too.
-const ALLUSIONS: [&str; 22] = [
+/// Phrases that give a revision away as one, unless the task or the answer has them too; in lower case.
+const ALLUSIONS: [&str; 20] = [
     "corrected version",
     "corrected answer",
     "corrected solution",
@@ -22,35 +22,44 @@ const ALLUSIONS: [&str; 22] = [
     "revised answer",
     "revised response",
     "revised solution",
-    "improved version",
     "improved answer",
     "improved response",
-    "original answer",
-    "original response",
-    "previous answer",
-    "previous response",
-    "previous version",
-    "the student's",
+    "the original answer",
+    "the original response",
+    "the previous answer",
+    "the previous response",
     "student's answer",
-    "your answer was",
+    "student's response",
+    "student's solution",
     "i have corrected",
     "i've corrected",
     "i have revised",
 ];
 
-/// Starts of refusals, in lower case.
-const REFUSALS: [&str; 10] = [
-    "i'm sorry, but i can",
-    "i’m sorry, but i can",
-    "i am sorry, but i can",
-    "sorry, but i can",
-    "i can't assist",
-    "i can’t assist",
-    "i cannot assist",
-    "i can't help with",
-    "i cannot help with",
-    "i'm unable to assist",
+/// Starts of refusals, in lower case: an apology, and what cannot be done.
+const APOLOGIES: [&str; 8] = [
+    "i'm sorry, but ",
+    "i'm sorry, ",
+    "i am sorry, but ",
+    "sorry, but ",
+    "sorry, ",
+    "i apologize, but ",
+    "as an ai language model, ",
+    "as an ai, ",
 ];
+const CANNOT: [&str; 9] = [
+    "i can't ",
+    "i cannot ",
+    "i can not ",
+    "i won't ",
+    "i'm unable to ",
+    "i am unable to ",
+    "i'm not able to ",
+    "i am not able to ",
+    "i must decline",
+];
+/// What it is that cannot be done, where nobody apologizes.
+const HELP: [&str; 7] = ["assist", "help", "provide", "comply", "fulfill", "answer that", "do that"];
 
 /// Sentences that say that nothing is to be changed, in lower case.
 const NO_CHANGES: [&str; 8] = [
@@ -89,17 +98,25 @@ pub fn is_no_change(text: &str) -> bool {
 
 /// True for a text that begins as refusals do.
 pub fn is_refusal(text: &str) -> bool {
-    let start: String = text.trim_start().chars().take(40).collect::<String>().to_lowercase();
-    REFUSALS.iter().any(|refusal| start.starts_with(refusal))
+    let start: String = plain(&text.trim_start().chars().take(120).collect::<String>());
+    let apology = APOLOGIES.iter().find_map(|apology| start.strip_prefix(apology));
+    let rest = apology.unwrap_or(&start);
+    let Some(what) = CANNOT.iter().find_map(|cannot| rest.strip_prefix(cannot)) else { return false };
+    apology.is_some() || HELP.iter().any(|help| what.starts_with(help))
+}
+
+/// In lower case, with straight apostrophes.
+fn plain(text: &str) -> String {
+    text.to_lowercase().replace('’', "'")
 }
 
 fn alludes(text: &str, around: Around) -> bool {
-    let lower = text.to_lowercase();
+    let lower = plain(text);
     let hits: Vec<&str> = ALLUSIONS.into_iter().filter(|phrase| lower.contains(phrase)).collect();
     if hits.is_empty() {
         return false;
     }
-    let (prompt, answer) = (around.prompt.to_lowercase(), around.answer.to_lowercase());
+    let (prompt, answer) = (plain(around.prompt), plain(around.answer));
     hits.into_iter().any(|phrase| !prompt.contains(phrase) && !answer.contains(phrase))
 }
 
@@ -109,9 +126,25 @@ fn switches_language(text: &str, around: Around) -> bool {
         (text.len() >= 80 && info.is_reliable()).then(|| info.lang())
     };
     let (Some(now), Some(before)) = (language(text), language(around.answer)) else { return false };
-    // A task may ask for another language than the answer had: by being in it, or by naming it.
-    let named = around.prompt.to_lowercase().contains(&now.eng_name().to_lowercase());
-    now != before && language(around.prompt) != Some(now) && !named
+    // A task may ask for another language than the answer had: by being in it, by naming it, or by asking for a
+    // translation.
+    let prompt = around.prompt.to_lowercase();
+    let names = [now.eng_name().to_lowercase(), now.name().to_lowercase()];
+    let translates = [
+        "translat",
+        "übersetz",
+        "tradu",
+        "перев",
+        "翻译",
+        "翻訳",
+        "번역",
+        "ترجم",
+        "in english",
+        "ins englisch",
+    ];
+    let asked =
+        names.iter().any(|name| prompt.contains(name)) || translates.iter().any(|word| prompt.contains(word));
+    now != before && language(around.prompt) != Some(now) && !asked
 }
 
 /// What stands in quotes or in a code block that the answer has not: some teachers wrap the whole revision.
@@ -147,7 +180,7 @@ mod tests {
         assert_eq!(check(told, "2+2?", "5"), Err(Reason::Alludes));
         assert_eq!(check(told, "Write the corrected version of this text", "5"), Ok(()));
         assert_eq!(check("The sum is 4.", "2+2?", "5"), Ok(()));
-        assert_eq!(check("The student's answer was right.", "2+2?", "5"), Err(Reason::Alludes));
+        assert_eq!(check("The student’s answer was right.", "2+2?", "5"), Err(Reason::Alludes));
     }
 
     #[test]
@@ -155,6 +188,18 @@ mod tests {
         assert_eq!(check("I'm sorry, but I can't help with that.", "q", "a"), Err(Reason::Refused));
         let refusal = "I'm sorry, but I can't do that.";
         assert_eq!(check("I'm sorry, but I can't do this for you.", "q", refusal), Ok(()));
+        for refusal in
+            ["I’m sorry, I can’t write this.", "I'm unable to help with that.", "As an AI, I cannot say."]
+        {
+            assert!(is_refusal(refusal), "{refusal}");
+        }
+        for fine in [
+            "I'm sorry, but I can see why you are upset.",
+            "I can't wait to see you!",
+            "Sorry for the delay.",
+        ] {
+            assert!(!is_refusal(fine), "{fine}");
+        }
         assert_eq!(check(" a ", "q", "a"), Err(Reason::Unchanged));
         assert_eq!(check("No changes are needed.", "q", "a"), Err(Reason::Unchanged));
     }

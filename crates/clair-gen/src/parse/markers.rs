@@ -65,10 +65,16 @@ pub fn revision(text: &str) -> Result<Revision, Reason> {
     let style = |style| (style, marks(text, style, true));
     let mut styles = [Style::Tags, Style::Braces, Style::Headings].into_iter().map(style);
     let is_one = |(_, marks): &(Style, Vec<Found>)| marks.iter().any(|m| m.mark == Mark::OpenRevision);
-    let Some((style, found)) = styles.find(is_one) else { return Err(Reason::NoMarker) };
-    match parse(text, style, &found) {
-        // A code block that was never closed hides the closing marker.
-        Err(Reason::Unterminated) => parse(text, style, &marks(text, style, false)),
+    let parsed = match styles.find(is_one) {
+        Some((Style::Headings, found)) => headings(text, &found),
+        Some((style, found)) => parse(text, style, &found),
+        None => Err(Reason::NoMarker),
+    };
+    match parsed {
+        // A code block that was never closed hides markers.
+        Err(Reason::Unterminated | Reason::NoMarker) if has_open_fence(text) => {
+            parse(text, Style::Tags, &marks(text, Style::Tags, false))
+        }
         other => other,
     }
 }
@@ -79,6 +85,21 @@ fn without_fence(text: &str) -> &str {
     let inner = text.strip_prefix("```").and_then(|rest| rest.strip_suffix("```"));
     let inner = inner.and_then(|inner| Some(inner.split_once('\n')?.1));
     inner.filter(|inner| inner.trim_start().starts_with(['<', '{', '*', '#'])).map_or(text, str::trim)
+}
+
+/// Headings are words that answers have too: they count where the reply begins with one, and nothing that reads like a
+/// note on the revision follows it.
+fn headings(text: &str, found: &[Found]) -> Result<Revision, Reason> {
+    if found.first().is_none_or(|first| !text[..first.start].trim().is_empty()) {
+        return Err(Reason::NoMarker);
+    }
+    let revision = parse(text, Style::Headings, found)?;
+    let names = ["changes", "changes made", "notes", "note", "explanation", "summary of changes"];
+    let is_note = |line: &str| {
+        let name = heading_name(line);
+        name.is_some_and(|name| names.contains(&name.as_str()))
+    };
+    if revision.text.lines().any(is_note) { Err(Reason::RepeatedMarker) } else { Ok(revision) }
 }
 
 fn parse(text: &str, style: Style, found: &[Found]) -> Result<Revision, Reason> {
@@ -154,28 +175,50 @@ fn line_marks(line: &str, offset: usize, style: Style, found: &mut Vec<Found>) {
             at += 1;
             continue;
         };
-        let mut end = at + name.len();
-        if style == Style::Braces {
-            // `{name}:`, `**{name}:**`, `**{name}**:`
-            let rest = line[end..].trim_start_matches('*').trim_start_matches(':').trim_start_matches('*');
-            end = line.len() - rest.len();
-        }
-        found.push(Found { mark: *mark, start: offset + before_bold(line, at), end: offset + end });
+        let (start, end) = match (style, mark) {
+            // `{name}:`, `**{name}:** text`, `**{name}**: text`
+            (Style::Braces, _) => bold(line, at, at + name.len()),
+            (_, Mark::OpenReasoning | Mark::OpenRevision) if line[..at].ends_with('*') => {
+                bold(line, at, at + name.len())
+            }
+            _ => (at, at + name.len()),
+        };
+        found.push(Found { mark: *mark, start: offset + start, end: offset + end });
         at = end;
     }
 }
 
-/// Asterisks right before a marker belong to it.
-fn before_bold(line: &str, at: usize) -> usize {
-    line[..at].trim_end_matches('*').len()
+/// The marker with the asterisks around it, where as many stand before it as after it, and a colon in or after them.
+fn bold(line: &str, start: usize, end: usize) -> (usize, usize) {
+    let stars = |text: &str| text.len() - text.trim_start_matches('*').len();
+    let before = start - line[..start].trim_end_matches('*').len();
+    let colon = |at: usize| at + usize::from(line[at..].starts_with(':'));
+    let inner = colon(end);
+    let after = stars(&line[inner..]);
+    if before == 0 || after < before {
+        return (start, inner);
+    }
+    (start - before, colon(inner + before))
+}
+
+/// True where a code block is never closed.
+fn has_open_fence(text: &str) -> bool {
+    ["```", "~~~"]
+        .iter()
+        .any(|mark| text.lines().filter(|line| line.trim_start().starts_with(mark)).count() % 2 == 1)
 }
 
 fn heading(line: &str, offset: usize) -> Option<Found> {
+    let name = heading_name(line)?;
+    let (_, mark) = HEADINGS.iter().find(|(heading, _)| *heading == name)?;
+    Some(Found { mark: *mark, start: offset, end: offset + line.len() })
+}
+
+/// The words of a line that looks like a heading.
+fn heading_name(line: &str) -> Option<String> {
     let bare = line.trim();
     let is_heading = bare.starts_with(['#', '*']) || bare.ends_with(':');
-    let name = bare.trim_matches(|c: char| "#*: ".contains(c)).to_ascii_lowercase();
-    let (_, mark) = HEADINGS.iter().find(|(heading, _)| is_heading && *heading == name)?;
-    Some(Found { mark: *mark, start: offset, end: offset + line.len() })
+    is_heading.then(|| bare.trim_matches(|c: char| "#*: ".contains(c)).to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -197,9 +240,7 @@ mod tests {
             "```xml\n<reasoning>why</reasoning>\n<revision>new\n\ntext</revision>\n```",
             "why\n<revision>new\n\ntext</revision>\nI hope this helps!",
             "why</reasoning>\n<revision>new\n\ntext</revision>",
-            "**<reasoning>**why</reasoning>\n<revision>new\n\ntext</revision>"
-                .replace("**why", "why")
-                .as_str(),
+            "<reasoning>why</reasoning>\n**<revision>**new\n\ntext</revision>",
             "{teacher_reasoning}:\nwhy\n\n{corrected_student_solution}:\nnew\n\ntext",
             "**{Teacher_Reasoning}:** why\n**{corrected_student_solution}**: new\n\ntext",
             "why {corrected_student_solution} new\n\ntext",
@@ -217,6 +258,24 @@ mod tests {
         assert_eq!(ok(&format!("<reasoning>r</reasoning><revision>\n{body}\n</revision>")).1, body);
         // A block that is never closed does not hide the end.
         assert_eq!(ok("<revision>\n```\ncode\n</revision>").1, "```\ncode");
+        assert_eq!(ok("<reasoning>\n```\n</reasoning>\n<revision>\nnew\n</revision>").1, "new");
+        assert_eq!(revision("So:\n```\n<revision>x</revision>\n```"), Err(Reason::NoMarker));
+    }
+
+    #[test]
+    fn bold_text_beside_markers_stays() {
+        let text = |reply: &str| ok(reply).1;
+        assert_eq!(text("<revision>**a** is **42**</revision>"), "**a** is **42**");
+        assert_eq!(text("{corrected_student_solution}:**Bold** x"), "**Bold** x");
+        assert_eq!(text("**{corrected_student_solution}:****Bold** x"), "**Bold** x");
+        assert_eq!(text("{corrected_student_solution}: **Bold** x"), "**Bold** x");
+    }
+
+    #[test]
+    fn headings_count_only_where_a_reply_is_made_of_them() {
+        let reason = |text: &str| revision(text).unwrap_err();
+        assert_eq!(reason("My essay.\n\n## Revision\nThe revision of the law."), Reason::NoMarker);
+        assert_eq!(reason("## Revision\nnew\n\n### Changes made:\n- x"), Reason::RepeatedMarker);
     }
 
     #[test]
@@ -254,8 +313,12 @@ mod tests {
         #[test]
         fn anything_but_tags_round_trips_between_tags(text in "\\PC{1,200}") {
             prop_assume!(!text.trim().is_empty() && !text.to_lowercase().contains("<re") && !text.to_lowercase().contains("</re"));
-            let reply = format!("<reasoning>r</reasoning>\n<revision>\n{text}\n</revision>");
-            prop_assert_eq!(revision(&reply).unwrap().text, text.trim());
+            for reply in [
+                format!("<reasoning>r</reasoning>\n<revision>\n{text}\n</revision>"),
+                format!("<reasoning>r</reasoning><revision> {text} </revision>"),
+            ] {
+                prop_assert_eq!(revision(&reply).unwrap().text, text.trim());
+            }
         }
 
         #[test]

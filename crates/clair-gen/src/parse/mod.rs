@@ -42,6 +42,8 @@ pub enum Reason {
     LanguageSwitched,
     /// The revision is the answer, or the teacher sees nothing to change.
     Unchanged,
+    /// The model did not come to an end, for a reason of the server's.
+    BrokeOff,
     /// The reply was cut off by the token limit, twice.
     Length,
     /// The model declined.
@@ -68,6 +70,7 @@ impl Reason {
             Self::Alludes => "alludes",
             Self::LanguageSwitched => "language_switched",
             Self::Unchanged => "unchanged",
+            Self::BrokeOff => "broke_off",
             Self::Length => "length",
             Self::Refused => "refused",
             Self::Filtered => "filtered",
@@ -89,6 +92,8 @@ pub fn usable(reply: &Reply) -> Result<&str, Reason> {
     match reply.finish_reason() {
         "length" => Err(Reason::Length),
         "content_filter" => Err(Reason::Filtered),
+        // Some servers say nothing; what is left is a reply that broke off.
+        other if !["stop", ""].contains(&other) => Err(Reason::BrokeOff),
         _ if reply.refusal().is_some() => Err(Reason::Refused),
         _ => Ok(reply.content()),
     }
