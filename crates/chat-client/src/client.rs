@@ -17,6 +17,7 @@ use crate::cost::{Ledger, Price};
 use crate::endpoint::{Endpoint, Endpoints, Failure, Server};
 use crate::flow::{InFlight, Passed};
 use crate::pace::Budgets;
+use crate::provider::Provider;
 use crate::retry::delay;
 use crate::store::{ReplyStore, StoredReply};
 use crate::{ChatRequest, Error, Reply, Usage};
@@ -248,7 +249,8 @@ impl Client {
     /// The stored reply, or the server's. `None` when the client was closed before the request started.
     /// Requests that are the same are sent once.
     pub async fn complete(&self, request: &ChatRequest) -> Result<Option<Stored>, Error> {
-        let key = request.key();
+        let body = request.body().to_string();
+        let key = request.key_of(&body);
         if let Some(found) = self.stored(&key)? {
             return Ok(Some(found));
         }
@@ -265,7 +267,7 @@ impl Client {
             is_mine = true;
             match &self.batches {
                 Some(batches) => Box::pin(self.in_batch(batches, &key, request)).await,
-                None => self.request(&key, request).await,
+                None => self.request(&key, request, Bytes::from(body)).await,
             }
         });
         let result = result.await.cloned();
@@ -297,7 +299,7 @@ impl Client {
     }
 
     /// `Err(None)` when the client was closed before the request, or its next attempt, could start.
-    async fn request(&self, key: &str, request: &ChatRequest) -> Result<Stored, Option<Error>> {
+    async fn request(&self, key: &str, request: &ChatRequest, plain: Bytes) -> Result<Stored, Option<Error>> {
         let (mut started, mut reached) = (None, false);
         for attempt in 1.. {
             let (endpoint, passed) = self.endpoints.pass().await.map_err(Some)?.ok_or(None)?;
@@ -307,7 +309,8 @@ impl Client {
             // Time in the queue is not the request's.
             let started = *started.get_or_insert_with(Instant::now);
             let until = started + self.settings.deadline;
-            let failure = match self.attempt(endpoint, passed, key, request, attempt, until).await? {
+            let failure = match self.attempt(endpoint, passed, key, (request, &plain), attempt, until).await?
+            {
                 Ok(stored) => return Ok(stored),
                 Err(failure) => failure,
             };
@@ -371,12 +374,15 @@ impl Client {
         endpoint: &Endpoint,
         passed: Passed<'_>,
         key: &str,
-        request: &ChatRequest,
+        (request, plain): (&ChatRequest, &Bytes),
         attempt: u32,
         until: Instant,
     ) -> Result<Result<Stored, Failure>, Option<Error>> {
         let stream = self.streams.load(Ordering::Relaxed);
-        let body = Bytes::from(endpoint.provider.body(request, stream).to_string());
+        let body = match endpoint.provider {
+            Provider::OpenAi if !stream => plain.clone(),
+            other => Bytes::from(other.body(request, stream).to_string()),
+        };
         let turn = self.unless_closed(endpoint.pace.reserve(body.len(), request.max_tokens));
         let call = turn.await.ok_or(None)?;
         let room = self.unless_closed(self.ledger.reserve(call.input, call.output));

@@ -95,15 +95,21 @@ impl ChatRequest {
 
     /// Key of the whole request: equal keys mean equal bodies and the same sample.
     pub fn key(&self) -> String {
+        self.key_of(&self.body().to_string())
+    }
+
+    /// The same where the body is there as text.
+    pub(crate) fn key_of(&self, body: &str) -> String {
         let budget = match self.reasoning {
             Some(Reasoning::Budget(tokens)) => Some(tokens),
             _ => None,
         };
-        let identity = match budget {
-            Some(tokens) => json!([self.body(), self.sample, tokens]),
-            None => json!([self.body(), self.sample]),
-        };
-        blake3::hash(identity.to_string().as_bytes()).to_hex()[..32].to_string()
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"[").update(body.as_bytes()).update(format!(",{}", self.sample).as_bytes());
+        if let Some(tokens) = budget {
+            hasher.update(format!(",{tokens}").as_bytes());
+        }
+        hasher.update(b"]").finalize().to_hex()[..32].to_string()
     }
 }
 

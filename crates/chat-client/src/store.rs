@@ -6,6 +6,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -13,6 +14,9 @@ use tokio::sync::oneshot;
 
 use crate::Error;
 use crate::log::{self, Index, Place};
+
+/// How long the writer waits for further replies.
+const GATHER: Duration = Duration::from_millis(5);
 
 const FILE: &str = "replies.jsonl";
 
@@ -145,6 +149,8 @@ fn write_groups(
     index: &Mutex<Index>,
 ) {
     while let Ok(first) = queue.recv() {
+        // A write to the disk costs more than all else that is done for a reply: a few are waited for.
+        std::thread::sleep(GATHER);
         let (mut bytes, mut places, mut acks) = (Vec::new(), Vec::new(), Vec::new());
         for (reply, ack) in std::iter::once(first).chain(queue.try_iter()) {
             let start = bytes.len();

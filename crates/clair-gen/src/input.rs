@@ -1,10 +1,11 @@
 //! Input rows: a prompt and the target model's answers.
 
+use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use chat_client::ChatMessage;
-use pref_data::{read_jsonl, row_id};
+use pref_data::{each_jsonl, row_id};
 use serde_json::Value;
 
 use crate::args::Method;
@@ -40,21 +41,26 @@ impl Answer {
 /// Reads rows `{"prompt": text or messages, "response": text or "responses": [text …], "scores": [number …] where
 /// known, "id": optional}`, and checks that they have what the methods need.
 pub fn read(path: &Path, methods: &[Method]) -> Result<Vec<Answer>> {
-    let rows = read_jsonl(path)?;
-    if rows.is_empty() {
-        bail!("{}: holds no rows", path.display());
-    }
-    let mut seen = std::collections::HashSet::new();
-    let answers = rows.into_iter().enumerate().map(|(number, (line, row))| {
-        let answer = parse(&row, number).and_then(|answer| check(answer, methods));
-        let answer =
-            answer.map_err(anyhow::Error::msg).with_context(|| format!("{}:{line}", path.display()))?;
-        if !seen.insert(answer.id.clone()) {
-            bail!("{}:{line}: the id {:?} stands twice; ids must be unique", path.display(), answer.id);
+    let mut seen = HashSet::new();
+    let (mut answers, mut failure) = (Vec::new(), None);
+    each_jsonl(path, |line, row| {
+        if failure.is_some() {
+            return;
         }
-        Ok(answer)
-    });
-    answers.collect()
+        let answer = parse(&row, answers.len()).and_then(|answer| check(answer, methods));
+        match answer {
+            Ok(answer) if seen.insert(answer.id.clone()) => answers.push(answer),
+            Ok(answer) => {
+                failure = Some(format!("{line}: the id {:?} stands twice; ids must be unique", answer.id));
+            }
+            Err(reason) => failure = Some(format!("{line}: {reason}")),
+        }
+    })?;
+    match failure {
+        Some(reason) => bail!("{}:{reason}", path.display()),
+        None if answers.is_empty() => bail!("{}: holds no rows", path.display()),
+        None => Ok(answers),
+    }
 }
 
 fn check(answer: Answer, methods: &[Method]) -> Result<Answer, String> {

@@ -10,7 +10,8 @@ use tracing_subscriber::EnvFilter;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-#[tokio::main]
+// One thread for the requests, which need little, beside this one; two would wake each other all the time.
+#[tokio::main(worker_threads = 1)]
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 async fn main() -> ExitCode {
     let args = Args::parse();

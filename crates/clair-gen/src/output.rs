@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use chat_client::{Reply, Usage};
+use chat_client::{ChatMessage, Reply, Usage};
 use pref_data::{Card, Contrast, write_atomic, write_jsonl, write_parquet_pairs};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -75,31 +75,48 @@ impl Pair {
     }
 
     /// The row with the columns of the published CLAIR set, and ours after them.
-    pub fn row(&self) -> Value {
-        let with = |content: &str| {
-            let mut messages = json!(self.answer.messages);
-            if let Some(list) = messages.as_array_mut() {
-                list.push(json!({"role": "assistant", "content": content}));
-            }
-            messages
+    pub fn row(&self) -> Row<'_> {
+        let with = |content: &'_ str| {
+            let answer = ChatMessage { role: "assistant".into(), content: content.into() };
+            self.answer.messages.iter().cloned().chain([answer]).collect()
         };
-        json!({
-            "id": self.answer.id,
-            "prompt": self.answer.prompt(),
-            "chosen": with(&self.chosen),
-            "rejected": with(&self.rejected),
-            "rational": self.rational,
-            "finish_reason": self.finish_reason,
-            "usage": self.spent.usage,
-            "jaccard": self.contrast.jaccard,
-            "levenshtein": self.contrast.levenshtein,
-            "length_change": self.contrast.length_change,
-            "verified": self.verified,
-            "tie": self.tie,
-            "chosen_score": self.scores.map(|scores| scores[0]),
-            "rejected_score": self.scores.map(|scores| scores[1]),
-        })
+        Row {
+            id: &self.answer.id,
+            prompt: self.answer.prompt(),
+            chosen: with(&self.chosen),
+            rejected: with(&self.rejected),
+            rational: &self.rational,
+            finish_reason: &self.finish_reason,
+            usage: self.spent.usage,
+            jaccard: self.contrast.jaccard,
+            levenshtein: self.contrast.levenshtein,
+            length_change: self.contrast.length_change,
+            verified: self.verified,
+            tie: self.tie,
+            chosen_score: self.scores.map(|scores| scores[0]),
+            rejected_score: self.scores.map(|scores| scores[1]),
+        }
     }
+}
+
+/// A pair as it is written.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct Row<'a> {
+    pub id: &'a str,
+    pub prompt: String,
+    pub chosen: Vec<ChatMessage>,
+    pub rejected: Vec<ChatMessage>,
+    pub rational: &'a str,
+    pub finish_reason: &'a str,
+    pub usage: Usage,
+    pub jaccard: f64,
+    pub levenshtein: f64,
+    pub length_change: f64,
+    pub verified: Option<bool>,
+    pub tie: Option<bool>,
+    pub chosen_score: Option<f64>,
+    pub rejected_score: Option<f64>,
 }
 
 /// Writes pairs and failures, in the order of the input, then the manifest. Its presence means that the
@@ -107,7 +124,7 @@ impl Pair {
 pub fn write(dir: &Path, method: Method, pairs: &[Pair], failed: &[Failed], about: &Value) -> Result<()> {
     write_jsonl(&dir.join("pairs.jsonl"), pairs.iter().map(Pair::row))?;
     write_parquet_pairs(&dir.join("pairs.parquet"), pairs.iter().map(Pair::row))?;
-    write_jsonl(&dir.join("failed.jsonl"), failed.iter().map(|failed| json!(failed)))?;
+    write_jsonl(&dir.join("failed.jsonl"), failed)?;
     let card = card(method, pairs.len(), failed.len(), about);
     write_atomic(&dir.join("README.md"), |out| out.write_all(card.as_bytes()))?;
     let hash = |name: &str| -> Result<String> { Ok(pref_data::hash_file(&dir.join(name))?) };

@@ -1,8 +1,8 @@
 //! How much two texts differ: the paper's measures of a preference set (arXiv 2408.06266, section 4).
 
-use std::collections::HashSet;
 use std::hash::Hash;
 
+use rustc_hash::FxHashSet;
 use serde::Serialize;
 
 /// Contrast of one pair, or means over pairs.
@@ -41,7 +41,7 @@ impl Contrast {
 
 /// Size of the intersection of two sets by that of their union; 1 for two empty ones.
 pub fn jaccard<T: Hash + Eq>(a: impl IntoIterator<Item = T>, b: impl IntoIterator<Item = T>) -> f64 {
-    let (a, b): (HashSet<T>, HashSet<T>) = (a.into_iter().collect(), b.into_iter().collect());
+    let (a, b): (FxHashSet<T>, FxHashSet<T>) = (a.into_iter().collect(), b.into_iter().collect());
     let both = a.intersection(&b).count();
     let union = a.len() + b.len() - both;
     if union == 0 { 1.0 } else { both as f64 / union as f64 }

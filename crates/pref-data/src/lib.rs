@@ -39,7 +39,7 @@ pub use error::Error;
 pub use layout::{Kind, Layout, ROLES, Record, Row, Unpaired, unpair};
 pub use pack::{Packed, PackedRow, Side};
 pub use prepare::{Progress, Source, Tokenized, default_cache_dir, tokenize, user_cache_dir};
-pub use read::{Splits, layout_of, read_jsonl};
+pub use read::{Splits, each_jsonl, layout_of, read_jsonl};
 pub use rows::{Block, Text as RowText, first_rows, read_blocks};
 pub use splits::{SplitFiles, is_data_file, resolve};
 pub use template::{CHATML, ChatTemplate, Extras, SIMPLE};

@@ -91,14 +91,19 @@ pub fn layout_of(
 /// All rows of a small file with their line numbers.
 pub fn read_jsonl(path: &Path) -> Result<Vec<(usize, Value)>, Error> {
     let mut all = Vec::new();
+    each_jsonl(path, |line, row| all.push((line, row)))?;
+    Ok(all)
+}
+
+/// The same, one row after the other.
+pub fn each_jsonl(path: &Path, mut take: impl FnMut(usize, Value)) -> Result<(), Error> {
     read_blocks(path, None, &mut |block| {
         for (line, row) in block.rows() {
             let row = row.value().map_err(|reason| Error::Record { path: path.into(), line, reason })?;
-            all.push((line, row));
+            take(line, row);
         }
         Ok(true)
-    })?;
-    Ok(all)
+    })
 }
 
 /// Files under a directory, with `/` between the parts.

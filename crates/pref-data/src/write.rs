@@ -1,6 +1,5 @@
 //! Writing: whole files atomically, logs by appending, pairs as Parquet.
 
-use std::borrow::Borrow;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Error as Io, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +7,8 @@ use std::sync::Arc;
 
 use arrow_schema::{DataType, Field, Fields, Schema};
 use parquet::arrow::ArrowWriter;
+use parquet::basic::Compression;
+use parquet::file::properties::WriterProperties;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -15,6 +16,9 @@ use crate::Error;
 
 /// Rows converted at a time.
 const BATCH: usize = 1024;
+
+/// Rows of a Parquet row group: what is held until it is written.
+const ROW_GROUP: usize = 4 * BATCH;
 
 /// Writes a file so that it is there whole or not at all: a temporary file beside it, fsync, rename.
 pub fn write_atomic(
@@ -54,8 +58,13 @@ pub(crate) fn readable(_: &File) -> std::io::Result<()> {
 }
 
 /// Writes rows as JSON Lines, atomically.
-pub fn write_jsonl<V: Borrow<Value>>(path: &Path, rows: impl IntoIterator<Item = V>) -> Result<(), Error> {
-    write_atomic(path, |out| rows.into_iter().try_for_each(|row| writeln!(out, "{}", row.borrow())))
+pub fn write_jsonl<V: Serialize>(path: &Path, rows: impl IntoIterator<Item = V>) -> Result<(), Error> {
+    write_atomic(path, |out| {
+        rows.into_iter().try_for_each(|row| {
+            serde_json::to_writer(&mut *out, &row)?;
+            out.write_all(b"\n")
+        })
+    })
 }
 
 /// Appends JSON lines; a torn last line left by a crash is cut off when the file is opened again.
@@ -88,13 +97,17 @@ impl JsonlAppender {
 /// Writes rows with the columns of the published CLAIR sets as Parquet, atomically: `id`, `prompt`,
 /// `chosen`, `rejected` (message lists), `rational`, `finish_reason` and the token `usage`; and, where rows have them,
 /// `jaccard`, `levenshtein`, `length_change`, `verified`, `tie`, `chosen_score` and `rejected_score`.
-pub fn write_parquet_pairs<V: Borrow<Value> + Serialize>(
+pub fn write_parquet_pairs<V: Serialize>(
     path: &Path,
     rows: impl IntoIterator<Item = V>,
 ) -> Result<(), Error> {
     let schema = Arc::new(pair_schema());
     write_atomic(path, |out| {
-        let mut writer = ArrowWriter::try_new(out, schema.clone(), None).map_err(Io::other)?;
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::SNAPPY)
+            .set_max_row_group_row_count(Some(ROW_GROUP))
+            .build();
+        let mut writer = ArrowWriter::try_new(out, schema.clone(), Some(properties)).map_err(Io::other)?;
         let mut rows = rows.into_iter().peekable();
         while rows.peek().is_some() {
             let rows: Vec<V> = rows.by_ref().take(BATCH).collect();
