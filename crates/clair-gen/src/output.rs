@@ -122,8 +122,12 @@ pub struct Row<'a> {
 /// Writes pairs and failures, in the order of the input, then the manifest. Its presence means that the
 /// directory is complete.
 pub fn write(dir: &Path, method: Method, pairs: &[Pair], failed: &[Failed], about: &Value) -> Result<()> {
-    write_jsonl(&dir.join("pairs.jsonl"), pairs.iter().map(Pair::row))?;
-    write_parquet_pairs(&dir.join("pairs.parquet"), pairs.iter().map(Pair::row))?;
+    // Side by side: each waits for the disk.
+    std::thread::scope(|scope| {
+        let lines = scope.spawn(|| write_jsonl(&dir.join("pairs.jsonl"), pairs.iter().map(Pair::row)));
+        write_parquet_pairs(&dir.join("pairs.parquet"), pairs.iter().map(Pair::row))?;
+        lines.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
     write_jsonl(&dir.join("failed.jsonl"), failed)?;
     let card = card(method, pairs.len(), failed.len(), about);
     write_atomic(&dir.join("README.md"), |out| out.write_all(card.as_bytes()))?;

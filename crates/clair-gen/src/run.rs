@@ -193,8 +193,8 @@ async fn asked(
     let mut ticks = tokio::time::interval(Duration::from_millis(250));
     loop {
         let limit = run.counts().limit;
-        // A quarter more than may be in flight keeps every call busy.
-        let most = if args.server.batch_api { usize::MAX } else { (limit + limit / 4 + 64).min(BEGUN) };
+        // A few more than may be in flight keep every call busy.
+        let most = if args.server.batch_api { usize::MAX } else { (limit + limit / 16 + 64).min(BEGUN) };
         while tasks.len() < most
             && let Some(place) = waiting.pop_front()
         {

@@ -380,7 +380,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 }
 
 fn kills(options: &Options, binary: &Path) -> Result<()> {
-    let rows = 3000;
+    let rows = 8000;
     let source = input(options, rows)?;
     let small =
         Options { in_flight: 100, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
