@@ -160,11 +160,10 @@ impl Pace {
     pub fn refused(&self) {
         let mut guard = self.state();
         let (now, state) = (Instant::now(), &mut *guard);
-        for bucket in [&mut state.requests, &mut state.tokens, &mut state.input, &mut state.output] {
-            if let Some(bucket) = bucket {
-                bucket.next = bucket.next.max(now);
-                bucket.slack = SLACK;
-            }
+        let buckets = [&mut state.requests, &mut state.tokens, &mut state.input, &mut state.output];
+        for bucket in buckets.into_iter().flatten() {
+            bucket.next = bucket.next.max(now);
+            bucket.slack = SLACK;
         }
     }
 

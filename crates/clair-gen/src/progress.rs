@@ -1,5 +1,6 @@
 //! What is told while a run goes on.
 
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -72,12 +73,12 @@ impl Progress {
             self.pairs, self.failed, counts.in_flight
         );
         if counts.refused > 0 {
-            text += &format!(", {} refused", counts.refused);
+            write!(text, ", {} refused", counts.refused).ok();
         }
         if let Some(spent) = counts.spent {
             let left = self.total.saturating_sub(done);
             let projected = spent + spent * left as f64 / self.asked.max(1) as f64;
-            text += &format!(", ${spent:.2} of about ${projected:.2}");
+            write!(text, ", ${spent:.2} of about ${projected:.2}").ok();
         }
         text
     }

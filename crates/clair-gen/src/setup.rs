@@ -214,12 +214,11 @@ fn servers(args: &Args) -> Result<Vec<Server>> {
             None => (text.as_str(), 1.0),
         };
         ensure!(weight.is_finite() && weight > 0.0, "--endpoint {text}: the weight must be above 0");
-        let key = match &given.api_key_file {
-            Some(path) => Some(key_file(path)?),
-            None => {
-                let name = given.api_key_env.get(index).or(given.api_key_env.first());
-                api_key(name.map(String::as_str), url)?
-            }
+        let key = if let Some(path) = &given.api_key_file {
+            Some(key_file(path)?)
+        } else {
+            let name = given.api_key_env.get(index).or(given.api_key_env.first());
+            api_key(name.map(String::as_str), url)?
         };
         Ok(Server { url: url.into(), weight, key })
     };
@@ -261,12 +260,11 @@ fn asker(args: &Args) -> Result<Asker> {
         extra: extra(asking.extra_body.as_deref())?,
         ..ChatRequest::default()
     };
-    let client = match args.server.batch_api {
-        false => Client::new(settings, store)?,
-        true => {
-            let poll = seconds(args.server.batch_poll, 30.0, "batch-poll")?;
-            Client::batched(settings, store, &args.out.join("replies"), poll)?
-        }
+    let client = if args.server.batch_api {
+        let poll = seconds(args.server.batch_poll, 30.0, "batch-poll")?;
+        Client::batched(settings, store, &args.out.join("replies"), poll)?
+    } else {
+        Client::new(settings, store)?
     };
     Ok(Asker {
         client,

@@ -92,7 +92,7 @@ fn revisions(dir: &Path) -> Vec<[String; 3]> {
 fn faults_do_not_change_the_result() {
     let (quiet_dir, bad_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let rows = |dir: &Path| {
-        write_rows(dir, (0..200).map(|i| row(i, &format!("question {i}"), &format!("answer {i}"))))
+        write_rows(dir, (0..200).map(|i| row(i, &format!("question {i}"), &format!("answer {i}"))));
     };
     rows(quiet_dir.path());
     rows(bad_dir.path());

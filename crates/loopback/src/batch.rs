@@ -1,6 +1,7 @@
 //! OpenAI's Batch API, in memory.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -118,9 +119,10 @@ impl State {
             let tries = self.tries.entry(key.clone()).or_default();
             *tries += 1;
             let fails = shared.behaviour.batch_faults && i.is_multiple_of(5) && *tries == 1;
-            let (status, body) = match fails {
-                true => (500, json!({"error": {"message": "oops"}})),
-                false => (200, completion(&said(&item["body"], shared.behaviour.words))),
+            let (status, body) = if fails {
+                (500, json!({"error": {"message": "oops"}}))
+            } else {
+                (200, completion(&said(&item["body"], shared.behaviour.words)))
             };
             let mut counts = shared.counts();
             *counts.kinds.entry(if fails { "batch_error" } else { "good" }.into()).or_default() += 1;
@@ -130,7 +132,7 @@ impl State {
             let answer =
                 json!({"custom_id": key, "response": {"status_code": status, "body": body}, "error": null});
             let file = if fails { &mut errors } else { &mut output };
-            *file += &format!("{answer}\n");
+            writeln!(file, "{answer}").ok();
         }
         let ids = [format!("file-out-{index}"), format!("file-err-{index}")];
         self.files.insert(ids[0].clone(), output);

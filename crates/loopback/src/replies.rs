@@ -61,7 +61,9 @@ fn form(is_json: bool, parts: &[(&str, Value)]) -> String {
         return Value::from(map).to_string();
     }
     let plain = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    all.map(|(name, value)| format!("<{name}>\n{}\n</{name}>\n", plain(value))).collect()
+    let parts: Vec<String> =
+        all.map(|(name, value)| format!("<{name}>\n{}\n</{name}>\n", plain(value))).collect();
+    parts.concat()
 }
 
 fn revised(task: &str, answer: &str, words: usize, is_json: bool) -> (String, &'static str) {
@@ -80,7 +82,8 @@ fn revised(task: &str, answer: &str, words: usize, is_json: bool) -> (String, &'
 }
 
 fn filler(words: usize) -> String {
-    (0..words).map(|i| format!(" word{}", i % 10)).collect()
+    let words: Vec<String> = (0..words).map(|i| format!(" word{}", i % 10)).collect();
+    words.concat()
 }
 
 /// OpenAI's form.

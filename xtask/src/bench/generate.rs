@@ -26,6 +26,7 @@ struct Options {
     replies: usize,
     kills: usize,
     only: Vec<String>,
+    peers: Vec<String>,
     venv: Option<PathBuf>,
     dir: PathBuf,
 }
@@ -40,6 +41,7 @@ impl Options {
             replies: 1_000_000,
             kills: 50,
             only: PARTS.map(String::from).to_vec(),
+            peers: PEERS.map(String::from).to_vec(),
             venv: None,
             dir: env::temp_dir().join("bench-generate"),
         };
@@ -58,6 +60,7 @@ impl Options {
                 "--replies" => options.replies = count()?.max(1),
                 "--kills" => options.kills = count()?,
                 "--only" => options.only = value.split(',').map(String::from).collect(),
+                "--peers" => options.peers = value.split(',').map(String::from).collect(),
                 "--against" => options.venv = Some(value.into()),
                 "--dir" => options.dir = value.into(),
                 other => bail!("unknown flag {other}"),
@@ -65,6 +68,9 @@ impl Options {
         }
         if let Some(other) = options.only.iter().find(|part| !PARTS.contains(&part.as_str())) {
             bail!("--only {other}: expected some of {}", PARTS.join(", "));
+        }
+        if let Some(other) = options.peers.iter().find(|peer| !PEERS.contains(&peer.as_str())) {
+            bail!("--peers {other}: expected some of {}", PEERS.join(", "));
         }
         Ok(options)
     }
@@ -242,11 +248,18 @@ fn speed(options: &Options, binary: &Path) -> Result<()> {
     ));
     let server = Loopback::start(&["--latency-ms", "300"])?;
     fresh(options, "small")?;
-    let small = Options { in_flight, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let small = Options {
+        in_flight,
+        dir: options.dir.clone(),
+        venv: None,
+        only: Vec::new(),
+        peers: Vec::new(),
+        ..*options
+    };
     let took = timed(client(binary, &small, &server, &source, "small"), &options.dir.join("small.log"))?;
     tell("ours", rows, took);
     drop(server);
-    for peer in PEERS {
+    for peer in &options.peers {
         let server = Loopback::start(&["--latency-ms", "300"])?;
         let out = fresh_file(options, peer)?;
         let took =
@@ -331,8 +344,14 @@ fn limits(options: &Options, binary: &Path) -> Result<()> {
 fn faults(options: &Options, binary: &Path) -> Result<()> {
     let rows = 1000;
     let source = input(options, rows)?;
-    let small =
-        Options { in_flight: 200, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let small = Options {
+        in_flight: 200,
+        dir: options.dir.clone(),
+        venv: None,
+        only: Vec::new(),
+        peers: Vec::new(),
+        ..*options
+    };
     let mut outputs = Vec::new();
     for share in ["0", "0.2"] {
         let server = Loopback::start(&["--latency-ms", "300", "--faults", share])?;
@@ -351,7 +370,7 @@ fn faults(options: &Options, binary: &Path) -> Result<()> {
     }
     report(&format!("  same pairs with and without faults: {}", outputs[0] == outputs[1]));
     let Some(venv) = &options.venv else { return Ok(()) };
-    for peer in PEERS {
+    for peer in &options.peers {
         let server = Loopback::start(&["--latency-ms", "300", "--faults", "0.2"])?;
         let out = fresh_file(options, peer)?;
         let took =
@@ -382,8 +401,14 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 fn kills(options: &Options, binary: &Path) -> Result<()> {
     let rows = 8000;
     let source = input(options, rows)?;
-    let small =
-        Options { in_flight: 100, dir: options.dir.clone(), venv: None, only: Vec::new(), ..*options };
+    let small = Options {
+        in_flight: 100,
+        dir: options.dir.clone(),
+        venv: None,
+        only: Vec::new(),
+        peers: Vec::new(),
+        ..*options
+    };
     let server = Loopback::start(&["--latency-ms", "200"])?;
     let dir = fresh(options, "kills")?;
     let mut draw = 12345_u64;
@@ -413,7 +438,7 @@ fn kills(options: &Options, binary: &Path) -> Result<()> {
     let Some(venv) = &options.venv else { return Ok(()) };
     let rows = 1000;
     let source = input(options, rows)?;
-    for peer in PEERS {
+    for peer in &options.peers {
         let server = Loopback::start(&["--latency-ms", "300"])?;
         let out = fresh_file(options, peer)?;
         let mut child = peer_command(venv, options, peer, &server, &source, &out, 200)

@@ -28,7 +28,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
              \x20   [--steps N] [--pairs N] [--runs N] [--backend B] [--dtype T] [--against-trl VENV [--trl-dtypes T[,T]]] [-- FLAGS OF TRAIN]\n\
              cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]\n\
              cargo xtask bench generate [--only speed,limits,faults,kills,store] [--rows N] [--latency-ms N] [--in-flight N]\n\
-             \x20   [--replies N] [--kills N] [--dir DIR] [--against VENV [--peer-rows N]]"
+             \x20   [--replies N] [--kills N] [--dir DIR] [--against VENV [--peers NAME[,NAME]] [--peer-rows N]]"
         ),
     }
 }

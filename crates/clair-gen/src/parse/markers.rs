@@ -109,7 +109,7 @@ fn parse(text: &str, style: Style, found: &[Found]) -> Result<Revision, Reason> 
         state = match (state, mark) {
             (State::Before(_), Mark::OpenReasoning) => State::Reasoning(end),
             // A stray closing tag, as some models write it first.
-            (State::Before(from), Mark::CloseReasoning) | (State::Reasoning(from), Mark::CloseReasoning) => {
+            (State::Before(from) | State::Reasoning(from), Mark::CloseReasoning) => {
                 reasoning = &text[from..start];
                 State::Between
             }

@@ -17,6 +17,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// The same with the answers the other way round.
+    #[must_use]
     pub fn swapped(self) -> Self {
         match self {
             Self::A => Self::B,
