@@ -6,6 +6,7 @@
 //! are kept. No prompt text is in this crate.
 
 mod batch;
+mod batch_api;
 mod client;
 mod cost;
 mod endpoint;
@@ -18,10 +19,11 @@ mod provider;
 mod reply;
 mod request;
 mod retry;
+mod settings;
 mod store;
 mod stream;
 
-pub use client::{Client, Closed, Counts, Settings, Source, Stored, Streaming};
+pub use client::Client;
 pub use cost::{Price, Prices};
 pub use endpoint::Server;
 pub use error::Error;
@@ -31,4 +33,5 @@ pub use pace::Budgets;
 pub use provider::Provider;
 pub use reply::{Reply, Usage};
 pub use request::{ChatMessage, ChatRequest, Reasoning};
+pub use settings::{Closed, Counts, Settings, Source, Stored, Streaming};
 pub use store::{Found, ReplyStore, StoredReply};

@@ -1,12 +1,13 @@
 //! `bench generate`: the revision client against a local server that behaves like a hosted model, beside its peers.
 
+mod process;
+
 use std::collections::BinaryHeap;
 use std::env;
 use std::fmt::Write;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 use crate::cargo::{build, cargo, root};
 use crate::report;
+use process::{Loopback, Took, timed};
 
 const PARTS: [&str; 5] = ["speed", "limits", "faults", "kills", "store"];
 const PEERS: [&str; 3] = ["asyncio", "curator", "distilabel"];
@@ -76,76 +78,6 @@ impl Options {
     }
 }
 
-/// A server in a process of its own; it is killed when this goes.
-struct Loopback {
-    child: Child,
-    url: String,
-}
-
-impl Loopback {
-    fn start(flags: &[&str]) -> Result<Self> {
-        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-        let binary = target.join(format!("release/loopback{}", env::consts::EXE_SUFFIX));
-        let mut child = Command::new(&binary).args(flags).stdout(Stdio::piped()).spawn()?;
-        let mut url = String::new();
-        let out = child.stdout.take().context("the server's output")?;
-        BufReader::new(out).read_line(&mut url)?;
-        Ok(Self { child, url: url.trim().into() })
-    }
-
-    /// What it did, as it tells itself.
-    fn stats(&self) -> Result<Value> {
-        use std::io::{Read, Write};
-        let host = self.url.trim_start_matches("http://").trim_end_matches("/v1");
-        let mut stream = std::net::TcpStream::connect(host)?;
-        write!(stream, "GET /v1/stats HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        let body = text.split_once("\r\n\r\n").context("no body")?.1;
-        Ok(serde_json::from_str(body)?)
-    }
-
-    fn count(&self, kind: &str) -> Result<u64> {
-        Ok(self.stats()?["counts"]["kinds"][kind].as_u64().unwrap_or(0))
-    }
-}
-
-impl Drop for Loopback {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
-}
-
-/// What a process took.
-#[derive(Debug, Clone, Copy)]
-struct Took {
-    wall: f64,
-    cpu: f64,
-    memory_mb: f64,
-    is_success: bool,
-}
-
-fn timed(mut command: Command, log: &Path) -> Result<Took> {
-    let program = command.get_program().to_owned();
-    let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
-    let mut timed = Command::new("/usr/bin/time");
-    timed.args(["-f", "TOOK %e %U %S %M"]).arg(program).args(args);
-    timed.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    if let Some(dir) = command.get_current_dir() {
-        timed.current_dir(dir);
-    }
-    command = timed;
-    let output = command.output().context("cannot run /usr/bin/time (Debian: apt-get install time)")?;
-    fs::write(log, [&output.stdout[..], &output.stderr[..]].concat())?;
-    let text = String::from_utf8_lossy(&output.stderr);
-    let line = text.rsplit("TOOK ").next().unwrap_or_default();
-    let numbers: Vec<f64> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
-    let &[wall, user, system, kb] = numbers.as_slice() else { bail!("no times in {}", log.display()) };
-    let is_success = output.status.success();
-    Ok(Took { wall, cpu: user + system, memory_mb: kb / 1024.0, is_success })
-}
-
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let options = Options::parse(args)?;
     fs::create_dir_all(&options.dir)?;
@@ -169,7 +101,8 @@ fn input(options: &Options, rows: usize) -> Result<PathBuf> {
     let path = options.dir.join(format!("answers-{rows}.jsonl"));
     let mut text = String::new();
     for i in 0..rows {
-        let words: String = (0..60).map(|w| format!(" word{}", (i * 31 + w * 7) % 97)).collect();
+        let words: Vec<String> = (0..60).map(|w| format!(" word{}", (i * 31 + w * 7) % 97)).collect();
+        let words = words.concat();
         writeln!(
             text,
             r#"{{"id": "r{i}", "prompt": "Question {i}:{words}?", "response": "Answer {i}:{words}."}}"#
