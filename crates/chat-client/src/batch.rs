@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::client::Client;
 use crate::cost::Room;
 use crate::endpoint::Endpoint;
 use crate::retry::is_transient;
-use crate::settings::Closed;
+use crate::settings::{Closed, Source};
 use crate::{ChatRequest, Error, Reply, Stored};
 
 /// Most requests, and most bytes, of one batch: the API's limits are 50,000 and 200 MB.
@@ -53,6 +54,7 @@ type Answer = Result<(), Option<Error>>;
 #[derive(Debug)]
 struct Waiting {
     line: String,
+    model: String,
     max_tokens: Option<u32>,
     attempts: u32,
     reserved: f64,
@@ -65,6 +67,10 @@ struct Waiting {
 #[derive(Debug)]
 pub(crate) struct Batches {
     state: PathBuf,
+    /// The account has too much under way: nothing is sent until a batch has ended.
+    held: AtomicBool,
+    /// Most requests of a batch.
+    most: AtomicUsize,
     poll: Duration,
     waiting: Mutex<HashMap<String, Waiting>>,
     /// Held by the request that works for all.
@@ -74,7 +80,8 @@ pub(crate) struct Batches {
 impl Batches {
     pub(crate) fn new(dir: &Path, poll: Duration) -> Self {
         let state = dir.join("batches.json");
-        Self { state, poll, waiting: Mutex::default(), driver: tokio::sync::Mutex::new(()) }
+        let (held, most) = (AtomicBool::new(false), AtomicUsize::new(MOST));
+        Self { state, held, most, poll, waiting: Mutex::default(), driver: tokio::sync::Mutex::new(()) }
     }
 
     fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<String, Waiting>> {
@@ -132,11 +139,20 @@ impl Client {
         let line = json!({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body});
         let (done, mut answer) = oneshot::channel();
         let max_tokens = request.max_tokens;
-        let waiting =
-            Waiting { line: line.to_string(), max_tokens, attempts: 0, reserved: 0.0, sent_in: None, done };
+        let waiting = Waiting {
+            line: line.to_string(),
+            model: request.model.clone(),
+            max_tokens,
+            attempts: 0,
+            reserved: 0.0,
+            sent_in: None,
+            done,
+        };
         batches.waiting().insert(key.into(), waiting);
         // A batch of an earlier process may have brought it in the meantime.
+        let mut source = Source::Server;
         if self.store().has(key) {
+            source = Source::Store;
             batches.answer(key, Ok(()));
         }
         loop {
@@ -144,7 +160,8 @@ impl Client {
                 biased;
                 answer = &mut answer => {
                     answer.unwrap_or(Err(None))?;
-                    return self.stored(key).map_err(Some)?.ok_or(None);
+                    let stored = self.stored(key).map_err(Some)?.ok_or(None)?;
+                    return Ok(Stored { source, ..stored });
                 }
                 guard = batches.driver.lock() => {
                     let worked = self.drive(batches, endpoint).await;
@@ -183,7 +200,8 @@ impl Client {
         loop {
             // Batches of an earlier process come first: they may hold the replies.
             let is_resumed = !open.is_empty() && batches.sent() == 0;
-            if !is_resumed && batches.unsent() > 0 {
+            let is_held = batches.held.load(Ordering::Relaxed) && !open.is_empty();
+            if !is_resumed && !is_held && batches.unsent() > 0 {
                 self.until_quiet(batches).await;
                 self.send_waiting(batches, endpoint, &mut open).await?;
             }
@@ -230,11 +248,13 @@ impl Client {
             for (key, waiting) in
                 batches.waiting().iter_mut().filter(|(_, waiting)| waiting.sent_in.is_none())
             {
-                if keys.len() == MOST || file.len() + waiting.line.len() > MOST_BYTES {
+                if keys.len() == batches.most.load(Ordering::Relaxed)
+                    || file.len() + waiting.line.len() > MOST_BYTES
+                {
                     break;
                 }
                 let call = endpoint.pace.estimate(waiting.line.len(), waiting.max_tokens);
-                match self.ledger.try_reserve(call.input, call.output) {
+                match self.ledger.try_reserve(&waiting.model, call.input, call.output) {
                     Room::Now(reserved) => waiting.reserved = reserved,
                     Room::Later => break,
                     Room::Never => {
@@ -290,18 +310,27 @@ impl Client {
                 tracing::warn!("{url}: {last}; it is looked at again later");
                 return Ok(State::UnderWay);
             }
+            // Deleted, or of another account: nothing will come of it.
+            Err(Error::Refused { status: 404, body, .. }) => {
+                tracing::warn!("{url} is gone ({body}); what has no reply is sent again");
+                self.send_again(batches, endpoint, &batch.file, true);
+                return Ok(State::Over);
+            }
             other => json_of(&url, &other?)?,
         };
         let status = state["status"].as_str().unwrap_or_default();
         if status == "failed" {
-            self.send_again(batches, endpoint, &batch.file);
             let reason = endpoint.excerpt(state["errors"].to_string().as_bytes());
             // Too much is under way for this account: a matter of time.
             if reason.contains("token_limit") && !self.is_closed() {
-                tracing::warn!("batch {id}: {reason}; it is sent again later");
+                tracing::warn!("batch {id}: {reason}; it is sent again later, in smaller parts");
+                self.send_again(batches, endpoint, &batch.file, false);
+                batches.held.store(true, Ordering::Relaxed);
+                batches.most.store((batch.requests / 2).max(1), Ordering::Relaxed);
                 self.pause(batches.poll).await;
                 return Ok(State::Over);
             }
+            self.send_again(batches, endpoint, &batch.file, true);
             return Ok(State::Failed(Error::Batch { id, reason }));
         }
         if !["completed", "expired", "cancelled"].contains(&status) {
@@ -317,7 +346,8 @@ impl Client {
                 try_join_all(lines.iter().map(|line| self.take(batches, endpoint, line))).await?;
             }
         }
-        self.send_again(batches, endpoint, &batch.file);
+        batches.held.store(false, Ordering::Relaxed);
+        self.send_again(batches, endpoint, &batch.file, true);
         Ok(State::Over)
     }
 
@@ -352,19 +382,22 @@ impl Client {
 
     /// What was reserved for a request goes.
     fn free(&self, batches: &Batches, key: &str, usage: crate::Usage) {
-        let reserved = batches.waiting().get(key).map_or(0.0, |waiting| waiting.reserved);
-        self.ledger.settle(reserved, usage);
+        let waiting = batches.waiting();
+        if let Some(waiting) = waiting.get(key) {
+            self.ledger.settle(&waiting.model, waiting.reserved, usage);
+        }
     }
 
     /// What was sent and has no reply, because it failed or expired, goes into the next batch, a few times.
-    fn send_again(&self, batches: &Batches, endpoint: &Endpoint, file: &str) {
+    fn send_again(&self, batches: &Batches, endpoint: &Endpoint, file: &str, counts: bool) {
         let mut given_up = Vec::new();
         let mut waiting = batches.waiting();
         let of_batch = waiting.iter_mut().filter(|(_, waiting)| waiting.sent_in.as_deref() == Some(file));
         for (key, waiting) in of_batch {
             waiting.sent_in = None;
-            self.ledger.settle(std::mem::take(&mut waiting.reserved), crate::Usage::default());
-            waiting.attempts += 1;
+            let reserved = std::mem::take(&mut waiting.reserved);
+            self.ledger.settle(&waiting.model, reserved, crate::Usage::default());
+            waiting.attempts += u32::from(counts);
             if waiting.attempts > self.settings.retries {
                 given_up.push((key.clone(), waiting.attempts));
             }
@@ -391,7 +424,10 @@ impl Client {
             };
             let Some(id) = id else { continue };
             let url = address(endpoint, &format!("batches/{id}"));
-            let state = json_of(&url, &self.get(endpoint, &url).await?)?;
+            let state = match self.get(endpoint, &url).await {
+                Err(Error::Refused { status: 404, .. }) => continue,
+                other => json_of(&url, &other?)?,
+            };
             if !["validating", "in_progress", "finalizing"].iter().any(|status| state["status"] == *status) {
                 continue;
             }

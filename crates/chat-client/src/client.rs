@@ -47,7 +47,7 @@ pub struct Client {
 impl Client {
     /// Sets up the HTTP clients. A TLS provider must have been installed before.
     pub fn new(settings: Settings, store: ReplyStore) -> Result<Self, Error> {
-        if settings.max_cost.is_some() && settings.price.is_none() {
+        if settings.max_cost.is_some() && settings.prices.is_empty() {
             return Err(Error::NoPrice);
         }
         let endpoint = |server| {
@@ -56,7 +56,7 @@ impl Client {
         let endpoints = settings.servers.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             endpoints: Endpoints(endpoints),
-            ledger: Ledger::new(settings.price, settings.max_cost),
+            ledger: Ledger::new(settings.prices.clone(), settings.max_cost),
             streams: AtomicBool::new(settings.streaming == Streaming::Always),
             settings,
             store,
@@ -79,9 +79,9 @@ impl Client {
         Ok(Self { batches, ..Self::new(settings, store)? })
     }
 
-    /// The price that counts.
-    pub fn price(&self) -> Option<Price> {
-        self.settings.price
+    /// The price of a model's tokens.
+    pub fn price(&self, model: &str) -> Option<Price> {
+        self.ledger.price(model)
     }
 
     /// The stored replies.
@@ -190,20 +190,18 @@ impl Client {
 
     /// `Err(None)` when the client was closed before the request, or its next attempt, could start.
     async fn request(&self, key: &str, request: &ChatRequest, plain: Bytes) -> Result<Stored, Option<Error>> {
+        // Time in the queue is not the request's: its clock starts when it is sent first.
         let (mut started, mut reached) = (None, false);
         for attempt in 1.. {
             let (endpoint, passed) = self.endpoints.pass().await.map_err(Some)?.ok_or(None)?;
             if endpoint.refused().is_some() {
                 continue;
             }
-            // Time in the queue is not the request's.
-            let started = *started.get_or_insert_with(Instant::now);
-            let until = started + self.settings.deadline;
-            let failure = match self.attempt(endpoint, passed, key, (request, &plain), attempt, until).await?
-            {
-                Ok(stored) => return Ok(stored),
-                Err(failure) => failure,
-            };
+            let failure =
+                match self.attempt(endpoint, passed, key, (request, &plain), attempt, &mut started).await? {
+                    Ok(stored) => return Ok(stored),
+                    Err(failure) => failure,
+                };
             reached |= failure.reached;
             tracing::debug!(attempt, url = endpoint.url, reason = failure.reason, "attempt failed");
             let others = self.endpoints.others(endpoint);
@@ -219,7 +217,7 @@ impl Client {
                 continue;
             }
             let pause = delay(attempt, self.settings.backoff, failure.asked);
-            let elapsed = started.elapsed();
+            let elapsed = started.map_or(Duration::ZERO, |started| started.elapsed());
             if attempt > self.settings.retries || elapsed + pause > self.settings.deadline {
                 return Err(Some(Error::GaveUp {
                     url: endpoint.url.clone(),
@@ -230,7 +228,7 @@ impl Client {
                 }));
             }
             // Where another server can take it, there is nothing to wait for.
-            if failure.reached || !others {
+            if failure.reached || !self.endpoints.well_others(endpoint) {
                 self.pause(pause).await;
             }
             if self.is_closed() {
@@ -262,11 +260,11 @@ impl Client {
     async fn attempt(
         &self,
         endpoint: &Endpoint,
-        passed: Passed<'_>,
+        mut passed: Passed<'_>,
         key: &str,
         (request, plain): (&ChatRequest, &Bytes),
         attempt: u32,
-        until: Instant,
+        started: &mut Option<Instant>,
     ) -> Result<Result<Stored, Failure>, Option<Error>> {
         let stream = self.streams.load(Ordering::Relaxed);
         let body = match endpoint.provider {
@@ -275,12 +273,18 @@ impl Client {
         };
         let turn = self.unless_closed(endpoint.pace.reserve(body.len(), request.max_tokens));
         let call = turn.await.ok_or(None)?;
-        let room = self.unless_closed(self.ledger.reserve(call.input, call.output));
+        let room = self.unless_closed(self.ledger.reserve(&request.model, call.input, call.output));
         let Some(reserved) = room.await.ok_or(None)? else {
             self.close_for(Closed::Cost);
             return Err(None);
         };
         let sent = Instant::now();
+        let until = *started.get_or_insert(sent) + self.settings.deadline;
+        if sent >= until {
+            self.ledger.settle(&request.model, reserved, Usage::default());
+            return Ok(Err(Failure { worked: false, ..Failure::late() }));
+        }
+        passed.sent();
         self.totals.attempts.fetch_add(1, Ordering::Relaxed);
         let answer = tokio::time::timeout_at(until, endpoint.attempt(body.clone(), stream)).await;
         let failure = match answer.unwrap_or_else(|_| Err(Failure::late())) {
@@ -290,7 +294,7 @@ impl Client {
                 endpoint.recover();
                 passed.succeeded(latency);
                 endpoint.pace.settle(call, usage.prompt_tokens, usage.completion_tokens);
-                self.ledger.settle(reserved, usage);
+                self.ledger.settle(&request.model, reserved, usage);
                 self.count(usage);
                 let latency_ms = latency.as_millis() as u64;
                 self.keep(key, &body, &reply, latency_ms, attempt).await.map_err(Some)?;
@@ -300,7 +304,7 @@ impl Client {
         };
         // What the server may bill for a call without a reply: at least its request.
         let prompt_tokens = if failure.worked { call.input as u64 } else { 0 };
-        self.ledger.settle(reserved, Usage { prompt_tokens, ..Usage::default() });
+        self.ledger.settle(&request.model, reserved, Usage { prompt_tokens, ..Usage::default() });
         endpoint.ail(failure.reached);
         if failure.overload {
             self.totals.refused.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! What calls cost: a table of prices, and a ledger that counts calls in flight before they are paid.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 
@@ -79,7 +79,7 @@ struct State {
 /// Dollars spent and those that calls in flight will probably cost.
 #[derive(Debug)]
 pub struct Ledger {
-    price: Option<Price>,
+    prices: HashMap<String, Price>,
     most: Option<f64>,
     state: Mutex<State>,
     settled: Notify,
@@ -98,17 +98,22 @@ pub enum Room {
 
 impl Ledger {
     /// `most`: no call starts that would pass it.
-    pub fn new(price: Option<Price>, most: Option<f64>) -> Self {
-        Self { price, most, state: Mutex::default(), settled: Notify::new() }
+    pub fn new(prices: HashMap<String, Price>, most: Option<f64>) -> Self {
+        Self { prices, most, state: Mutex::default(), settled: Notify::new() }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What tokens of a model cost.
+    pub fn price(&self, model: &str) -> Option<Price> {
+        self.prices.get(model).copied()
+    }
+
     /// Reserves what a call may cost.
-    pub fn try_reserve(&self, input: f64, output: f64) -> Room {
-        let cost = self.price.map_or(0.0, |price| price.of(input, output));
+    pub fn try_reserve(&self, model: &str, input: f64, output: f64) -> Room {
+        let cost = self.price(model).map_or(0.0, |price| price.of(input, output));
         let mut state = self.state();
         if self.most.is_some_and(|most| state.spent + state.in_flight + cost > most) {
             return if state.calls > 0 { Room::Later } else { Room::Never };
@@ -119,11 +124,11 @@ impl Ledger {
     }
 
     /// The same; waits for calls in flight where that may help. `None` where nothing more may start.
-    pub async fn reserve(&self, input: f64, output: f64) -> Option<f64> {
+    pub async fn reserve(&self, model: &str, input: f64, output: f64) -> Option<f64> {
         loop {
             let mut settled = pin!(self.settled.notified());
             settled.as_mut().enable();
-            match self.try_reserve(input, output) {
+            match self.try_reserve(model, input, output) {
                 Room::Now(cost) => return Some(cost),
                 Room::Never => return None,
                 Room::Later => settled.await,
@@ -132,8 +137,8 @@ impl Ledger {
     }
 
     /// A call is over: what was reserved goes, and what it cost, if it was answered, is spent.
-    pub fn settle(&self, reserved: f64, usage: Usage) {
-        let cost = self.price.map_or(0.0, |price| price.of_usage(usage));
+    pub fn settle(&self, model: &str, reserved: f64, usage: Usage) {
+        let cost = self.price(model).map_or(0.0, |price| price.of_usage(usage));
         let mut state = self.state();
         state.in_flight = (state.in_flight - reserved).max(0.0);
         state.calls = state.calls.saturating_sub(1);
@@ -144,7 +149,7 @@ impl Ledger {
 
     /// Dollars spent so far; `None` where no price is known.
     pub fn spent(&self) -> Option<f64> {
-        self.price.map(|_| self.state().spent)
+        (!self.prices.is_empty()).then(|| self.state().spent)
     }
 }
 
@@ -165,14 +170,15 @@ mod tests {
 
     #[test]
     fn calls_in_flight_count_against_the_most() {
-        let ledger = Ledger::new(Some(Price { input: 1.0, output: 10.0 }), Some(0.02));
-        let Room::Now(first) = ledger.try_reserve(0.0, 1000.0) else { panic!() };
+        let prices = HashMap::from([("m".to_string(), Price { input: 1.0, output: 10.0 })]);
+        let ledger = Ledger::new(prices.clone(), Some(0.02));
+        let Room::Now(first) = ledger.try_reserve("m", 0.0, 1000.0) else { panic!() };
         assert!((first - 0.01).abs() < 1e-12);
-        assert!(matches!(ledger.try_reserve(0.0, 900.0), Room::Now(_)));
-        assert_eq!(ledger.try_reserve(0.0, 200.0), Room::Later);
-        ledger.settle(first, Usage { prompt_tokens: 0, completion_tokens: 100, total_tokens: 100 });
-        assert!(matches!(ledger.try_reserve(0.0, 900.0), Room::Now(_)));
-        assert_eq!(Ledger::new(ledger.price, Some(0.01)).try_reserve(0.0, 2000.0), Room::Never);
+        assert!(matches!(ledger.try_reserve("m", 0.0, 900.0), Room::Now(_)));
+        assert_eq!(ledger.try_reserve("m", 0.0, 200.0), Room::Later);
+        ledger.settle("m", first, Usage { prompt_tokens: 0, completion_tokens: 100, total_tokens: 100 });
+        assert!(matches!(ledger.try_reserve("m", 0.0, 900.0), Room::Now(_)));
+        assert_eq!(Ledger::new(prices, Some(0.01)).try_reserve("m", 0.0, 2000.0), Room::Never);
         assert!((ledger.spent().unwrap() - 0.001).abs() < 1e-12);
     }
 }

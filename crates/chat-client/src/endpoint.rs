@@ -129,7 +129,7 @@ impl Endpoint {
     pub(crate) fn load(&self, now: Instant) -> Option<f64> {
         let health = self.health();
         let is_ill = health.refused.is_some() || health.ill_until.is_some_and(|until| now < until);
-        (!is_ill).then(|| (self.flow.in_flight() + 1) as f64 / self.weight)
+        (!is_ill).then(|| (self.flow.taken() + 1) as f64 / self.weight)
     }
 
     /// Why it refuses everything, if it does.
@@ -365,6 +365,12 @@ impl Endpoints {
         let first = self.0.iter().find_map(|endpoint| Some((endpoint.url.clone(), endpoint.refused()?)));
         let (url, (status, body)) = first.unwrap_or_default();
         Error::Refused { url, status, body }
+    }
+
+    /// True when another one can take over from this one at once.
+    pub(crate) fn well_others(&self, than: &Endpoint) -> bool {
+        let now = Instant::now();
+        self.0.iter().any(|endpoint| !std::ptr::eq(endpoint, than) && endpoint.load(now).is_some())
     }
 
     /// True when another one could take over from this one.

@@ -41,7 +41,10 @@ const GROWTH: f64 = 0.03;
 #[derive(Debug)]
 struct State {
     limit: f64,
+    /// Calls with a permit, those that wait for their turn among them.
     in_flight: usize,
+    /// Calls that were sent.
+    sent: usize,
     round: Round,
     /// The round before was full.
     was_full: bool,
@@ -75,6 +78,7 @@ pub struct Flow {
 pub struct Passed<'a> {
     flow: &'a Flow,
     permit: Option<SemaphorePermit<'a>>,
+    is_sent: bool,
 }
 
 impl Flow {
@@ -87,6 +91,7 @@ impl Flow {
             state: Mutex::new(State {
                 limit: start as f64,
                 in_flight: 0,
+                sent: 0,
                 round: Round::default(),
                 was_full: false,
                 probing: true,
@@ -100,8 +105,13 @@ impl Flow {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls in flight now.
+    /// Calls that were sent and have no answer yet.
     pub fn in_flight(&self) -> usize {
+        self.state().sent
+    }
+
+    /// The same with those that wait for their turn.
+    pub fn taken(&self) -> usize {
         self.state().in_flight
     }
 
@@ -124,9 +134,8 @@ impl Flow {
     fn enter<'a>(&'a self, permit: SemaphorePermit<'a>) -> Passed<'a> {
         let mut state = self.state();
         state.in_flight += 1;
-        state.round.is_full |= state.in_flight as f64 >= 0.9 * state.limit;
         drop(state);
-        Passed { flow: self, permit: Some(permit) }
+        Passed { flow: self, permit: Some(permit), is_sent: false }
     }
 
     /// Nobody passes any more.
@@ -160,7 +169,7 @@ impl Flow {
             return;
         }
         let was_full = std::mem::replace(&mut state.was_full, is_full);
-        state.round = Round { is_full: state.in_flight as f64 >= 0.9 * state.limit, ..Round::default() };
+        state.round = Round { is_full: state.sent as f64 >= 0.9 * state.limit, ..Round::default() };
         let refused = overloads as f64 / all;
         if refused > NOISE {
             state.last_cut = Some(Instant::now());
@@ -183,6 +192,14 @@ impl Flow {
 }
 
 impl Passed<'_> {
+    /// It is sent now: its turn in the budgets has come.
+    pub fn sent(&mut self) {
+        let mut state = self.flow.state();
+        state.sent += 1;
+        state.round.is_full |= state.sent as f64 >= 0.9 * state.limit;
+        self.is_sent = true;
+    }
+
     /// A reply came after so long.
     pub fn succeeded(self, latency: Duration) {
         self.flow.succeeded(latency);
@@ -198,6 +215,7 @@ impl Drop for Passed<'_> {
     fn drop(&mut self) {
         let mut state = self.flow.state();
         state.in_flight -= 1;
+        state.sent -= usize::from(self.is_sent);
         // After a cut, permits go until no more are out than may be.
         let out = state.in_flight + self.flow.permits.available_permits();
         if out >= state.limit as usize
@@ -216,7 +234,9 @@ mod tests {
     async fn round(flow: &Flow, latency: u64, overloaded: bool) -> usize {
         let mut passed = Vec::new();
         while flow.permits.available_permits() > 0 {
-            passed.push(flow.pass().await.unwrap());
+            let mut call = flow.pass().await.unwrap();
+            call.sent();
+            passed.push(call);
         }
         let (sent, calls) = (Instant::now(), passed.len());
         tokio::time::advance(Duration::from_millis(latency)).await;
@@ -254,7 +274,8 @@ mod tests {
         let flow = Flow::new(InFlight::fixed(200));
         for _ in 0..100 {
             let mut passed = Vec::new();
-            while let Some(call) = flow.pass_now() {
+            while let Some(mut call) = flow.pass_now() {
+                call.sent();
                 passed.push(call);
             }
             let sent = Instant::now();

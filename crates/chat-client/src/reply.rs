@@ -102,12 +102,12 @@ impl Reply {
             };
             return Ok(blocks.reply(raw));
         };
+        let (thought, content) = apart(text_of(message.content));
+        let told = [text_of(message.reasoning_content), text_of(message.reasoning), thought];
         Ok(Self {
             raw,
-            content: text_of(message.content),
-            reasoning: Some(text_of(message.reasoning_content))
-                .filter(|text| !text.is_empty())
-                .unwrap_or_else(|| text_of(message.reasoning)),
+            content,
+            reasoning: told.into_iter().find(|text| !text.is_empty()).unwrap_or_default(),
             finish_reason: plain(&finish_reason.unwrap_or_default()),
             refusal: Some(text_of(message.refusal)).filter(|text| !text.is_empty()),
             usage: Usage {
@@ -171,6 +171,23 @@ impl Blocks {
     }
 }
 
+/// What a model has thought, and said: some servers leave `<think> … </think>` in the text. The opening tag may be in the
+/// prompt; one that is never closed has said nothing.
+fn apart(content: String) -> (String, String) {
+    let start = content.trim_start();
+    let (is_open, inner) = match start.strip_prefix("<think>") {
+        Some(inner) => (true, inner),
+        None => (false, start),
+    };
+    match inner.split_once("</think>") {
+        Some((thought, said)) if is_open || !thought.contains("<think>") => {
+            (thought.into(), said.trim_start().into())
+        }
+        None if is_open => (inner.into(), String::new()),
+        _ => (String::new(), content),
+    }
+}
+
 /// The reasons of all servers in OpenAI's words.
 fn plain(reason: &str) -> String {
     let lower = reason.to_ascii_lowercase();
@@ -227,6 +244,16 @@ mod tests {
         assert_eq!(reply.usage(), Usage { prompt_tokens: 12, ..Usage::default() });
         let none = r#"{"content": [{"type": "text", "text": "Hi"}], "usage": {"input_tokens": null}}"#;
         assert_eq!(Reply::parse(none.as_bytes()).unwrap().usage(), Usage::default());
+    }
+
+    #[test]
+    fn thoughts_in_the_text_are_kept_apart() {
+        let apart = |text: &str| apart(text.to_string());
+        let pair = |a: &str, b: &str| (a.to_string(), b.to_string());
+        assert_eq!(apart("<think>hm</think>\n\nParis"), pair("hm", "Paris"));
+        assert_eq!(apart("hm</think>Paris"), pair("hm", "Paris"));
+        assert_eq!(apart("<think>hm"), pair("hm", ""));
+        assert_eq!(apart("Use <think> and </think>."), pair("", "Use <think> and </think>."));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a client is told, and what it tells.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use secrecy::SecretString;
@@ -43,8 +44,8 @@ pub struct Settings {
     pub streaming: Streaming,
     /// Largest reply that is read.
     pub max_body: usize,
-    /// What tokens cost.
-    pub price: Option<Price>,
+    /// What tokens of each model that is asked cost; none where it is not known of all.
+    pub prices: HashMap<String, Price>,
     /// Dollars that may be spent.
     pub max_cost: Option<f64>,
 }
@@ -62,7 +63,7 @@ impl Settings {
             backoff: Duration::from_millis(500),
             streaming: Streaming::Auto,
             max_body: 64 << 20,
-            price: None,
+            prices: HashMap::new(),
             max_cost: None,
         }
     }

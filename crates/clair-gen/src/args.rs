@@ -40,10 +40,11 @@ pub struct Args {
     /// Ask again for rows that failed in an earlier run.
     #[arg(long, requires = "endpoint")]
     pub retry_failed: bool,
-    /// End early when more than this share of the rows fails (once 20 rows are done) [default: 0.5].
+    /// End early when more than this share of the rows fails (once 20 are done; up to 200 calls in flight count as if
+    /// they went well) [default: 0.5].
     #[arg(long, value_name = "SHARE", requires = "endpoint")]
     pub max_failure_rate: Option<f64>,
-    /// Print the number of calls, their tokens and cost, and end.
+    /// Print about how many calls, tokens and dollars are left to do for --out, and end; nothing is asked.
     #[arg(long, requires = "endpoint")]
     pub dry_run: bool,
 }
@@ -112,7 +113,7 @@ pub struct ServerArgs {
     pub prices: Option<PathBuf>,
     /// Send requests through the server's Batch API: half the price, within 24 hours; run the same command again to
     /// go on.
-    #[arg(long, requires = "endpoint", conflicts_with_all = ["max_in_flight", "rpm", "tpm", "input_tpm", "output_tpm", "stream"])]
+    #[arg(long, requires = "endpoint", conflicts_with_all = ["max_in_flight", "rpm", "tpm", "input_tpm", "output_tpm", "stream", "deadline"])]
     pub batch_api: bool,
     /// Ask the server to cancel the batches that are under way for this --out, and end.
     #[arg(long, requires = "batch_api")]

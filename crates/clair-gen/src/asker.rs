@@ -7,11 +7,13 @@ use crate::output::Failed;
 use crate::parse::Reason;
 
 /// What the requests for one row took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Spent {
     /// Tokens of all replies, those that could not be used among them.
     pub usage: Usage,
-    /// Milliseconds of the last reply.
+    /// US dollars of them, as far as the models' prices are known.
+    pub cost: f64,
+    /// Milliseconds of the first reply.
     pub latency_ms: u64,
     /// Replies of the server now.
     pub from_server: usize,
@@ -67,7 +69,11 @@ impl Asker {
             };
             let is_new = stored.source == Source::Server;
             spent.usage += stored.reply.usage();
-            spent.latency_ms = stored.latency_ms;
+            spent.cost +=
+                self.client.price(&request.model).map_or(0.0, |price| price.of_usage(stored.reply.usage()));
+            if spent.from_server + spent.from_store == 0 {
+                spent.latency_ms = stored.latency_ms;
+            }
             spent.from_server += usize::from(is_new);
             spent.from_store += usize::from(!is_new);
             fresh += u32::from(is_new);

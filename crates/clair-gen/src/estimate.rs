@@ -4,12 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::Result;
-use chat_client::Price;
+use chat_client::{ChatRequest, Reply};
 
-use crate::args::{JudgeBy, Method};
+use crate::args::Method;
 use crate::asker::Asker;
 use crate::input::Answer;
-use crate::methods::Methods;
+use crate::methods::{Methods, clair, judge};
+use crate::parse;
+use crate::parse::checks::Around;
 
 /// Bytes of a token, about.
 const BYTES: f64 = 4.0;
@@ -25,7 +27,7 @@ const LOOKED_AT: usize = 2000;
 pub struct Estimate {
     /// Calls that are not stored yet.
     pub calls: f64,
-    /// First calls of rows that are stored already.
+    /// Calls whose replies are stored already.
     pub stored: f64,
     /// Tokens of the requests.
     pub input: f64,
@@ -38,7 +40,7 @@ pub struct Estimate {
 impl Estimate {
     /// Looks at the rows' prompts.
     pub fn new(methods: &Methods, asker: &Asker, all: &[Method], answers: &[Arc<Answer>]) -> Result<Self> {
-        let mut sum = Self::default();
+        let mut sum = Self { cost: Some(0.0), ..Self::default() };
         let step = answers.len().div_ceil(LOOKED_AT).max(1);
         for answer in answers.iter().step_by(step) {
             for &method in all {
@@ -49,50 +51,68 @@ impl Estimate {
         for part in [&mut sum.calls, &mut sum.stored, &mut sum.input, &mut sum.output] {
             *part *= scale;
         }
-        let (input, output) = (sum.input, sum.output);
-        sum.cost = asker.client.price().map(|price: Price| price.of(input, output));
+        sum.cost = sum.cost.map(|cost| cost * scale);
         Ok(sum)
     }
 
     fn add(&mut self, methods: &Methods, asker: &Asker, method: Method, answer: &Answer) -> Result<()> {
-        let tokens = |text: &str| text.len() as f64 / BYTES;
         let own = tokens(answer.response());
-        let judged = |a: &str, b: &str| -> Result<f64> {
-            Ok(methods.judge.two(answer, a, b)?.iter().map(|m| tokens(&m.content)).sum())
-        };
         let (request, output) = match method {
-            Method::Clair => (asker.teacher(methods.clair.one(answer, answer.response())?), REASONING + own),
+            Method::Clair => {
+                let request = asker.teacher(methods.clair.one(answer, answer.response())?);
+                (clair::with_form(request, methods), REASONING + own)
+            }
             Method::Stronger => (asker.teacher(answer.messages.clone()), own.max(REASONING)),
+            Method::JudgeOffpolicy if !answer.scores.is_empty() => return Ok(()),
             Method::Judge | Method::JudgeOffpolicy => {
-                if method == Method::JudgeOffpolicy && !answer.scores.is_empty() {
-                    return Ok(());
+                for request in judge::requests(methods, asker, answer)? {
+                    self.take(asker, &request, REASONING);
                 }
-                let n = answer.responses.len() as f64;
-                let (calls, each) = match methods.judge_by {
-                    JudgeBy::Compare => (n * (n - 1.0), judged(answer.response(), &answer.responses[1])?),
-                    JudgeBy::Score => (n, judged(answer.response(), "")?),
-                };
-                self.take(calls, each, REASONING);
                 return Ok(());
             }
         };
-        let input = request.messages.iter().map(|m| tokens(&m.content)).sum();
-        if asker.client.store().has(&request.key()) {
-            self.stored += 1.0;
-        } else {
-            self.take(1.0, input, output);
-            if methods.verify.is_some() {
-                self.take(2.0, judged(answer.response(), answer.response())?, REASONING);
-            }
+        let key = request.key();
+        self.take(asker, &request, output);
+        if methods.verify.is_none() {
+            return Ok(());
+        }
+        // Where the text is there, so may be what the judge said of it.
+        let stored = asker.client.stored(&key)?;
+        let chosen = stored.and_then(|stored| text_of(methods, method, answer, &stored.reply));
+        let chosen = chosen.unwrap_or_else(|| answer.response().to_string());
+        for request in judge::both(methods, asker, answer, &chosen, answer.response())? {
+            self.take(asker, &request, REASONING);
         }
         Ok(())
     }
 
-    fn take(&mut self, calls: f64, input: f64, output: f64) {
-        self.calls += calls;
-        self.input += calls * input;
-        self.output += calls * output;
+    /// Counts a call, if its reply is not stored.
+    fn take(&mut self, asker: &Asker, request: &ChatRequest, output: f64) {
+        if asker.client.store().has(&request.key()) {
+            self.stored += 1.0;
+            return;
+        }
+        let input: f64 = request.messages.iter().map(|message| tokens(&message.content)).sum();
+        self.calls += 1.0;
+        self.input += input;
+        self.output += output;
+        let price = asker.client.price(&request.model);
+        self.cost = self.cost.zip(price).map(|(cost, price)| cost + price.of(input, output));
     }
+}
+
+fn tokens(text: &str) -> f64 {
+    text.len() as f64 / BYTES
+}
+
+/// The chosen text in a stored reply.
+fn text_of(methods: &Methods, method: Method, answer: &Answer, reply: &Reply) -> Option<String> {
+    if method == Method::Stronger {
+        return parse::answer(reply).ok();
+    }
+    let prompt = answer.prompt();
+    let around = Around { prompt: &prompt, answer: answer.response() };
+    parse::revision(reply, methods.clair.form(), around).ok().map(|revision| revision.text)
 }
 
 impl fmt::Display for Estimate {
@@ -104,7 +124,7 @@ impl fmt::Display for Estimate {
             None => write!(f, "; the model's price is not known (--price-input, --price-output)")?,
         }
         if *stored > 0.0 {
-            write!(f, "; {stored:.0} rows have a stored reply already")?;
+            write!(f, "; {stored:.0} replies are stored already")?;
         }
         Ok(())
     }

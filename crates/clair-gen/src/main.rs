@@ -63,7 +63,10 @@ async fn interrupted() {
 #[allow(clippy::print_stderr)]
 fn done(sets: &[Finished]) -> ExitCode {
     for Finished { method, dir, report } in sets {
-        let cost = report.cost.map_or(String::new(), |cost| format!(", ${cost:.2}"));
+        let cost = match (report.cost, report.cost_now) {
+            (Some(all), Some(now)) => format!(", ${all:.2} in all, ${now:.2} of it now"),
+            _ => String::new(),
+        };
         eprintln!(
             "{}: {} pairs, {} failed ({} new replies, {} recorded or stored before{cost}) in {}",
             method.name(),

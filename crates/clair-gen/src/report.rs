@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use chat_client::{Counts, Price, Usage};
+use chat_client::{Counts, Usage};
 use minijinja::{Environment, context, value::Serde};
 use pref_data::{Contrast, write_atomic};
 use serde::Serialize;
@@ -58,14 +58,7 @@ pub struct Report {
 
 impl Report {
     /// Sums a run up.
-    pub fn new(
-        method: Method,
-        pairs: &[Pair],
-        failed: &[Failed],
-        all: Spent,
-        price: Option<Price>,
-        counts: &Counts,
-    ) -> Self {
+    pub fn new(method: Method, pairs: &[Pair], failed: &[Failed], all: Spent, counts: &Counts) -> Self {
         let mut reasons = BTreeMap::new();
         for failure in failed {
             *reasons.entry(failure.reason.clone()).or_default() += 1;
@@ -91,7 +84,7 @@ impl Report {
             attempts: counts.attempts,
             usage: output::usage(pairs),
             all_usage: all.usage,
-            cost: price.map(|price| price.of_usage(all.usage)),
+            cost: counts.spent.map(|_| all.cost),
             cost_now: counts.spent,
             latency_ms: [percentile(0.5), percentile(0.9), percentile(0.99)],
             contrast: Contrast::mean(&contrasts),
@@ -226,7 +219,7 @@ mod tests {
         let pairs = [pair(evil, "a", evil)];
         let failed =
             [Failed { id: evil.into(), reason: "no_marker".into(), attempts: 1, last_error: evil.into() }];
-        let report = Report::new(Method::Clair, &pairs, &failed, Spent::default(), None, &Counts::default());
+        let report = Report::new(Method::Clair, &pairs, &failed, Spent::default(), &Counts::default());
         let html = render(&report, &pairs, &failed).unwrap();
         assert!(!html.contains("<script>alert"), "{html}");
         assert_eq!(html.matches("</script>").count(), 2, "the data and the page's own script");

@@ -1,5 +1,6 @@
 //! From the command line to what a run needs.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,6 +73,11 @@ pub fn check(args: &Args, answers: &[Arc<Answer>]) -> Result<()> {
     }
     let share = args.max_failure_rate.unwrap_or(0.5);
     ensure!((0.0..=1.0).contains(&share), "--max-failure-rate must be a share from 0 to 1");
+    for (name, value) in
+        [("timeout", server.timeout), ("deadline", server.deadline), ("batch-poll", server.batch_poll)]
+    {
+        ensure!(value.is_none_or(|value| value > 0.0), "--{name} must be a number of seconds above 0");
+    }
     ensure!(server.max_in_flight != Some(0), "--max-in-flight must be 1 or more");
     Ok(())
 }
@@ -86,7 +92,8 @@ pub async fn methods(args: &Args) -> Result<Methods> {
     if let Some(asker) = &asker {
         let providers: Vec<Provider> = servers(args)?.iter().map(|s| Provider::of(&s.url)).collect();
         check_provider(args, &providers)?;
-        if args.asking.reply_format == Some(ReplyFormat::Auto) {
+        // A dry run asks nothing, not even this.
+        if args.asking.reply_format == Some(ReplyFormat::Auto) && !args.dry_run {
             form = probe(asker, &providers).await?;
         }
     }
@@ -318,28 +325,36 @@ fn settings(args: &Args, model: &str) -> Result<Settings> {
             Some(Stream::Never) => Streaming::Never,
         },
         max_body: defaults.max_body,
-        price: price(args, model)?,
+        prices: prices(args, model)?,
         max_cost: given.max_cost,
     })
 }
 
-/// The dearest of the models used: a limit on cost is then kept whatever each of them takes.
-pub fn price(args: &Args, model: &str) -> Result<Option<Price>> {
+/// Prices of the models that are asked; none where one of them is not known.
+fn prices(args: &Args, model: &str) -> Result<HashMap<String, Price>> {
     let given = &args.server;
+    let asks = |methods: &[Method]| args.method.iter().any(|method| methods.contains(method));
+    let teacher = asks(&[Method::Clair, Method::Stronger]).then_some(model);
+    let judge = args.asking.judge_model.as_deref().unwrap_or(model);
+    let judge = (asks(&JUDGING) || args.gate.verify).then_some(judge);
+    let table = table(given.prices.as_deref())?;
     let half = if given.batch_api { 0.5 } else { 1.0 };
-    let price = if let (Some(input), Some(output)) = (given.price_input, given.price_output) {
-        let good = |price: f64| price.is_finite() && price >= 0.0;
-        ensure!(good(input) && good(output), "--price-input and --price-output must be numbers of 0 or more");
-        Some(Price { input, output })
-    } else {
-        let table = table(given.prices.as_deref())?;
-        let judge = args.asking.judge_model.as_deref();
-        let prices = [Some(model), judge].into_iter().flatten().map(|model| table.of(model));
-        let all: Option<Vec<Price>> = prices.collect();
-        let most = |prices: &[Price], part: fn(&Price) -> f64| prices.iter().map(part).fold(0.0, f64::max);
-        all.map(|all| Price { input: most(&all, |p| p.input), output: most(&all, |p| p.output) })
+    let price = |name: &str| -> Result<Option<(String, Price)>> {
+        let price = if let (Some(input), Some(output)) = (given.price_input, given.price_output) {
+            let good = |price: f64| price.is_finite() && price >= 0.0;
+            ensure!(
+                good(input) && good(output),
+                "--price-input and --price-output must be numbers of 0 or more"
+            );
+            Some(Price { input, output })
+        } else {
+            table.of(name)
+        };
+        Ok(price.map(|p| (name.to_string(), Price { input: p.input * half, output: p.output * half })))
     };
-    Ok(price.map(|price| Price { input: price.input * half, output: price.output * half }))
+    let all: Option<HashMap<_, _>> =
+        [teacher, judge].into_iter().flatten().map(price).collect::<Result<Vec<_>>>()?.into_iter().collect();
+    Ok(all.unwrap_or_default())
 }
 
 fn table(path: Option<&Path>) -> Result<Prices> {

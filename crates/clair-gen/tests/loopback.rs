@@ -215,7 +215,7 @@ fn money_is_not_spent_beyond_the_limit_and_a_higher_one_goes_on() {
     assert!((0.01..0.1).contains(&cost), "{cost}");
     let output = run(dir.path(), &server.url(), &[&prices[..], &["--dry-run"]].concat());
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(text.contains("0 calls") && text.contains("60 rows have a stored reply"), "{text}");
+    assert!(text.contains("0 calls") && text.contains("60 replies are stored"), "{text}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::*;
 use loopback::Behaviour;
@@ -130,6 +130,31 @@ fn an_endpoint_that_fails_is_replaced_by_the_others() {
 }
 
 #[test]
+fn where_all_endpoints_are_down_their_return_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    write_rows(dir.path(), std::iter::once(row(0, "q", "a")));
+    let port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let both = format!("http://127.0.0.1:{}/v1,http://127.0.0.1:{}/v1", port(), port());
+    let started = Instant::now();
+    let output = command(dir.path(), &both).args(["--retries", "3", "--backoff", "0.3"]).output().unwrap();
+    fails(&output, "gave up after 4 attempts");
+    // The first failure is answered by the other endpoint at once; from then on none is well.
+    assert!(started.elapsed() > Duration::from_millis(400), "{:?}", started.elapsed());
+}
+
+#[test]
+fn rows_that_wait_for_their_turn_in_a_budget_are_not_late() {
+    let dir = tempfile::tempdir().unwrap();
+    write_input(dir.path());
+    let server = calm();
+    let started = Instant::now();
+    succeeds(&run(dir.path(), &server.url(), &["--rpm", "1500", "--deadline", "0.5"]));
+    // 60 rows at 25 a second, half a second's worth of them at once.
+    assert!(started.elapsed() > Duration::from_millis(1500), "{:?}", started.elapsed());
+    assert_eq!(pairs(dir.path()).len(), ROWS);
+}
+
+#[test]
 fn long_requests_that_are_cut_off_are_streamed() {
     let dir = tempfile::tempdir().unwrap();
     write_rows(dir.path(), (0..8).map(|i| row(i, "q", &format!("answer {i}"))));
@@ -161,6 +186,15 @@ fn a_batch_goes_on_in_another_process_and_only_failed_items_are_sent_again() {
     let counts = server.counts();
     assert_eq!((counts.kinds["good"], counts.kinds["batch_error"], counts.paid_again()), (ROWS, ROWS / 5, 0));
     assert_eq!(counts.kinds["batch"], 2, "the first batch was not sent again, its failed items were");
+    // Replies that cannot be used are bought again only as often as asked for.
+    let again = tempfile::tempdir().unwrap();
+    write_rows(again.path(), (0..3).map(|i| row(i, "say never_marked", &format!("answer {i}"))));
+    let quick = start(Behaviour { batch_ms: 10, ..Behaviour::default() });
+    let once = ["--batch-api", "--batch-poll", "0.05", "--form-retries", "1"];
+    run(again.path(), &quick.url(), &once);
+    assert_eq!(quick.count("good"), 6);
+    run(again.path(), &quick.url(), &[&once[..], &["--retry-failed"]].concat());
+    assert_eq!(quick.count("good"), 12);
     let (report, usage) = (report(dir.path()), &report(dir.path())["all_usage"]);
     let full = usage["prompt_tokens"].as_f64().unwrap() * 2e-6
         + usage["completion_tokens"].as_f64().unwrap() * 20e-6;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use chat_client::ChatRequest;
 
 use super::{Methods, Row, with_schema};
 use crate::asker::{Asked, Spent};
@@ -16,7 +17,7 @@ pub async fn pair(methods: &Methods, answer: Arc<Answer>, spent: &mut Spent) -> 
     let asker = methods.asker()?;
     let messages = methods.clair.one(&answer, answer.response())?;
     let form = methods.clair.form();
-    let request = with_schema(asker.teacher(messages), form, json::revision_schema);
+    let request = with_form(asker.teacher(messages), methods);
     let prompt = answer.prompt();
     let around = Around { prompt: &prompt, answer: answer.response() };
     let asked = asker.ask(&answer.id, request, spent, |reply| parse::revision(reply, form, around)).await?;
@@ -29,4 +30,9 @@ pub async fn pair(methods: &Methods, answer: Arc<Answer>, spent: &mut Spent) -> 
         Asked::Failed(failed) => Row::Failed(failed),
         Asked::Stopped => Row::Stopped,
     })
+}
+
+/// The request with the schema of a revision, where replies follow one.
+pub fn with_form(request: ChatRequest, methods: &Methods) -> ChatRequest {
+    with_schema(request, methods.clair.form(), json::revision_schema)
 }

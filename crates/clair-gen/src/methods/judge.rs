@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use chat_client::ChatRequest;
 
 use super::{Methods, Row, with_schema};
 use crate::args::{JudgeBy, Method, Ties};
-use crate::asker::{Asked, Spent};
+use crate::asker::{Asked, Asker, Spent};
 use crate::input::Answer;
 use crate::output::{Failed, Pair};
 use crate::parse::json;
@@ -54,9 +55,7 @@ async fn scores(methods: &Methods, answer: &Answer, spent: &mut Spent) -> Result
     let asker = methods.asker()?;
     let form = methods.score.form();
     let (mut all, mut last) = (Vec::new(), chat_client::Reply::default());
-    for response in &answer.responses {
-        let request = asker.judge(methods.score.one(answer, response)?);
-        let request = with_schema(request, form, json::score_schema);
+    for request in requests(methods, asker, answer)? {
         match asker.ask(&answer.id, request, spent, |reply| score(reply, form)).await? {
             Asked::Got(score, reply) => {
                 all.push(score);
@@ -107,9 +106,7 @@ pub async fn both_orders(
     let form = methods.judge.form();
     let mut verdicts = Vec::new();
     let mut last = chat_client::Reply::default();
-    for (first, second) in [(a, b), (b, a)] {
-        let request = asker.judge(methods.judge.two(answer, first, second)?);
-        let request = with_schema(request, form, json::verdict_schema);
+    for request in both(methods, asker, answer, a, b)? {
         match asker.ask(&answer.id, request, spent, |reply| verdict(reply, form)).await? {
             Asked::Got(verdict, reply) => {
                 verdicts.push(verdict);
@@ -120,6 +117,34 @@ pub async fn both_orders(
     }
     let agreed = verdicts[0] == verdicts[1].swapped();
     Ok(Asked::Got(if agreed { verdicts[0] } else { Verdict::Tie }, last))
+}
+
+/// The requests of a comparison in both orders.
+pub fn both(methods: &Methods, asker: &Asker, answer: &Answer, a: &str, b: &str) -> Result<[ChatRequest; 2]> {
+    let request = |first: &str, second: &str| -> Result<ChatRequest> {
+        let request = asker.judge(methods.judge.two(answer, first, second)?);
+        Ok(with_schema(request, methods.judge.form(), json::verdict_schema))
+    };
+    Ok([request(a, b)?, request(b, a)?])
+}
+
+/// All requests for a row: a score of each answer, or comparisons of every two.
+pub fn requests(methods: &Methods, asker: &Asker, answer: &Answer) -> Result<Vec<ChatRequest>> {
+    let texts = &answer.responses;
+    if methods.judge_by == JudgeBy::Score {
+        let score = |text: &String| -> Result<ChatRequest> {
+            let request = asker.judge(methods.score.one(answer, text)?);
+            Ok(with_schema(request, methods.score.form(), json::score_schema))
+        };
+        return texts.iter().map(score).collect();
+    }
+    let mut all = Vec::new();
+    for (i, a) in texts.iter().enumerate() {
+        for b in &texts[i + 1..] {
+            all.extend(both(methods, asker, answer, a, b)?);
+        }
+    }
+    Ok(all)
 }
 
 #[cfg(test)]

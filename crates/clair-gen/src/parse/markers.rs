@@ -144,8 +144,7 @@ fn parse(text: &str, style: Style, found: &[Found]) -> Result<Revision, Reason> 
 fn marks(text: &str, style: Style, skip_code: bool) -> Vec<Found> {
     let (mut found, mut fence, mut offset) = (Vec::new(), None, 0);
     for line in text.split_inclusive('\n') {
-        let start = line.trim_start();
-        let mark = ["```", "~~~"].into_iter().find(|mark| start.starts_with(mark));
+        let mark = fence_of(line);
         match (fence, mark) {
             (None, Some(mark)) if skip_code => fence = Some(mark),
             (Some(open), Some(mark)) if open == mark => fence = None,
@@ -178,7 +177,7 @@ fn line_marks(line: &str, offset: usize, style: Style, found: &mut Vec<Found>) {
         let (start, end) = match (style, mark) {
             // `{name}:`, `**{name}:** text`, `**{name}**: text`
             (Style::Braces, _) => bold(line, at, at + name.len()),
-            (_, Mark::OpenReasoning | Mark::OpenRevision) if line[..at].ends_with('*') => {
+            (_, Mark::OpenReasoning | Mark::OpenRevision) if is_bold_only(&line[..at]) => {
                 bold(line, at, at + name.len())
             }
             _ => (at, at + name.len()),
@@ -186,6 +185,12 @@ fn line_marks(line: &str, offset: usize, style: Style, found: &mut Vec<Found>) {
         found.push(Found { mark: *mark, start: offset + start, end: offset + end });
         at = end;
     }
+}
+
+/// True for asterisks with nothing before them.
+fn is_bold_only(before: &str) -> bool {
+    let before = before.trim_start();
+    !before.is_empty() && before.trim_end_matches('*').is_empty()
 }
 
 /// The marker with the asterisks around it, where as many stand before it as after it, and a colon in or after them.
@@ -201,11 +206,18 @@ fn bold(line: &str, start: usize, end: usize) -> (usize, usize) {
     (start - before, colon(inner + before))
 }
 
+/// The mark that a line opens or closes a code block with; a line that holds it twice is a whole block of its own.
+fn fence_of(line: &str) -> Option<&'static str> {
+    let start = line.trim_start();
+    let mark = ["```", "~~~"].into_iter().find(|mark| start.starts_with(mark))?;
+    (!start.trim_start_matches(['`', '~']).contains(mark)).then_some(mark)
+}
+
 /// True where a code block is never closed.
 fn has_open_fence(text: &str) -> bool {
     ["```", "~~~"]
         .iter()
-        .any(|mark| text.lines().filter(|line| line.trim_start().starts_with(mark)).count() % 2 == 1)
+        .any(|mark| text.lines().filter(|line| fence_of(line) == Some(mark)).count() % 2 == 1)
 }
 
 fn heading(line: &str, offset: usize) -> Option<Found> {
@@ -267,6 +279,8 @@ mod tests {
         let text = |reply: &str| ok(reply).1;
         assert_eq!(text("<revision>**a** is **42**</revision>"), "**a** is **42**");
         assert_eq!(text("{corrected_student_solution}:**Bold** x"), "**Bold** x");
+        assert_eq!(text("<reasoning>**key:**<revision>**Paris** is it.</revision>"), "**Paris** is it.");
+        assert_eq!(text("<reasoning>\n```x```\n</reasoning><revision>\n```y```\n</revision>"), "```y```");
         assert_eq!(text("**{corrected_student_solution}:****Bold** x"), "**Bold** x");
         assert_eq!(text("{corrected_student_solution}: **Bold** x"), "**Bold** x");
     }
