@@ -68,7 +68,9 @@ fn words(count: usize, seed: usize) -> String {
 
 /// Pairs whose sequences have about `tokens` tokens: a quarter is the prompt, completions differ from their start.
 pub fn pairs(rows: usize, tokens: usize, dir: &Path) -> Result<PathBuf> {
-    let out = dir.join(format!("pairs-{rows}-{tokens}.jsonl"));
+    // A directory, which is what both sides take.
+    let out = dir.join(format!("pairs-{rows}-{tokens}"));
+    fs::create_dir_all(&out)?;
     let (prompt, completion) = (tokens / 4, tokens - tokens / 4);
     let mut text = String::new();
     for row in 0..rows {
@@ -77,6 +79,6 @@ pub fn pairs(rows: usize, tokens: usize, dir: &Path) -> Result<PathBuf> {
                 .map(|(n, seed)| words(n, seed));
         writeln!(text, r#"{{"prompt": "{prompt}", "chosen": "{chosen}", "rejected": "{rejected}"}}"#)?;
     }
-    fs::write(&out, text)?;
+    fs::write(out.join("train.jsonl"), text)?;
     Ok(out)
 }
