@@ -42,9 +42,9 @@ const GROWTH: f64 = 0.03;
 struct State {
     limit: f64,
     /// Calls with a permit, those that wait for their turn among them.
-    in_flight: usize,
+    taken: usize,
     /// Calls that were sent.
-    sent: usize,
+    in_flight: usize,
     round: Round,
     /// The round before was full.
     was_full: bool,
@@ -90,8 +90,8 @@ impl Flow {
             most: bounds.most.clamp(1, Semaphore::MAX_PERMITS),
             state: Mutex::new(State {
                 limit: start as f64,
+                taken: 0,
                 in_flight: 0,
-                sent: 0,
                 round: Round::default(),
                 was_full: false,
                 probing: true,
@@ -107,12 +107,12 @@ impl Flow {
 
     /// Calls that were sent and have no answer yet.
     pub fn in_flight(&self) -> usize {
-        self.state().sent
+        self.state().in_flight
     }
 
     /// The same with those that wait for their turn.
     pub fn taken(&self) -> usize {
-        self.state().in_flight
+        self.state().taken
     }
 
     /// Calls that may be in flight now.
@@ -133,7 +133,7 @@ impl Flow {
 
     fn enter<'a>(&'a self, permit: SemaphorePermit<'a>) -> Passed<'a> {
         let mut state = self.state();
-        state.in_flight += 1;
+        state.taken += 1;
         drop(state);
         Passed { flow: self, permit: Some(permit), is_sent: false }
     }
@@ -169,7 +169,7 @@ impl Flow {
             return;
         }
         let was_full = std::mem::replace(&mut state.was_full, is_full);
-        state.round = Round { is_full: state.sent as f64 >= 0.9 * state.limit, ..Round::default() };
+        state.round = Round { is_full: state.in_flight as f64 >= 0.9 * state.limit, ..Round::default() };
         let refused = overloads as f64 / all;
         if refused > NOISE {
             state.last_cut = Some(Instant::now());
@@ -185,7 +185,7 @@ impl Flow {
             let step = if state.probing { state.limit } else { (GROWTH * state.limit).max(1.0) };
             state.limit = (state.limit + step).min(self.most as f64);
             // Calls that a cut has left in flight beyond the limit keep their permits.
-            let out = state.in_flight + self.permits.available_permits();
+            let out = state.taken + self.permits.available_permits();
             self.permits.add_permits((state.limit as usize).saturating_sub(out.max(before)));
         }
     }
@@ -195,8 +195,8 @@ impl Passed<'_> {
     /// It is sent now: its turn in the budgets has come.
     pub fn sent(&mut self) {
         let mut state = self.flow.state();
-        state.sent += 1;
-        state.round.is_full |= state.sent as f64 >= 0.9 * state.limit;
+        state.in_flight += 1;
+        state.round.is_full |= state.in_flight as f64 >= 0.9 * state.limit;
         self.is_sent = true;
     }
 
@@ -214,10 +214,10 @@ impl Passed<'_> {
 impl Drop for Passed<'_> {
     fn drop(&mut self) {
         let mut state = self.flow.state();
-        state.in_flight -= 1;
-        state.sent -= usize::from(self.is_sent);
+        state.taken -= 1;
+        state.in_flight -= usize::from(self.is_sent);
         // After a cut, permits go until no more are out than may be.
-        let out = state.in_flight + self.flow.permits.available_permits();
+        let out = state.taken + self.flow.permits.available_permits();
         if out >= state.limit as usize
             && let Some(permit) = self.permit.take()
         {
