@@ -7,9 +7,6 @@ use clair_gen::run::{Finished, Outcome, generate};
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 // One thread for the requests, which need little, beside this one; two would wake each other all the time.
 #[tokio::main(worker_threads = 1)]
 #[allow(clippy::print_stderr, clippy::print_stdout)]
