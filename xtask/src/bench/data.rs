@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::median;
+use super::{count, flags, median};
 use crate::cargo::{cargo, root};
 use crate::report;
 
@@ -33,13 +33,8 @@ impl Options {
             dir: env::temp_dir().join("bench-data"),
             trl: None,
         };
-        let (chunks, rest) = args.as_chunks::<2>();
-        if let [odd] = rest {
-            bail!("{odd} needs a value");
-        }
-        for [flag, value] in chunks {
-            let count =
-                || value.parse::<usize>().with_context(|| format!("{flag} {value}: expected a count"));
+        for [flag, value] in flags(args)? {
+            let count = || count(flag, value);
             match flag.as_str() {
                 "--model" => options.model = value.into(),
                 "--rows" => options.rows = count()?.max(1),

@@ -33,6 +33,19 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     }
 }
 
+/// `--flag value` pairs of a command line.
+fn flags(args: &[String]) -> Result<&[[String; 2]]> {
+    match args.as_chunks::<2>() {
+        (pairs, []) => Ok(pairs),
+        (_, [odd, ..]) => bail!("{odd} needs a value"),
+    }
+}
+
+/// A flag's value as a count.
+fn count(flag: &str, value: &str) -> Result<usize> {
+    value.parse().with_context(|| format!("{flag} {value}: expected a count"))
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values[values.len() / 2]

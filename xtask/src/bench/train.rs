@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{median, shapes};
+use super::{count, flags, median, shapes};
 use crate::backends::Build;
 use crate::cargo::build_with;
 use crate::report;
@@ -58,11 +58,7 @@ impl Options {
             trl_dtypes: None,
             more: args.iter().skip(end + 1).cloned().collect(),
         };
-        let (chunks, rest) = args[..end].as_chunks::<2>();
-        if let [odd] = rest {
-            bail!("{odd} needs a value");
-        }
-        for [flag, value] in chunks {
+        for [flag, value] in flags(&args[..end])? {
             options.set(flag, value)?;
         }
         options.check()?;
@@ -70,7 +66,7 @@ impl Options {
     }
 
     fn set(&mut self, flag: &str, value: &str) -> Result<()> {
-        let number = |text: &str| text.parse().with_context(|| format!("{flag} {text}: expected a count"));
+        let number = |text: &str| count(flag, text);
         match flag {
             "--model" => self.model = Some(value.into()),
             "--dataset" => self.dataset = Some(value.into()),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::{count, flags};
 use crate::cargo::{build, cargo, root};
 use crate::report;
 use process::{Loopback, Took, timed};
@@ -20,6 +21,7 @@ use process::{Loopback, Took, timed};
 const PARTS: [&str; 5] = ["speed", "limits", "faults", "kills", "store"];
 const PEERS: [&str; 3] = ["asyncio", "curator", "distilabel"];
 
+#[derive(Clone)]
 struct Options {
     rows: usize,
     latency_ms: f64,
@@ -47,13 +49,8 @@ impl Options {
             venv: None,
             dir: env::temp_dir().join("bench-generate"),
         };
-        let (chunks, rest) = args.as_chunks::<2>();
-        if let [odd] = rest {
-            bail!("{odd} needs a value");
-        }
-        for [flag, value] in chunks {
-            let count =
-                || value.parse::<usize>().with_context(|| format!("{flag} {value}: expected a count"));
+        for [flag, value] in flags(args)? {
+            let count = || count(flag, value);
             match flag.as_str() {
                 "--rows" => options.rows = count()?.max(1),
                 "--latency-ms" => options.latency_ms = count()? as f64,
@@ -75,6 +72,11 @@ impl Options {
             bail!("--peers {other}: expected some of {}", PEERS.join(", "));
         }
         Ok(options)
+    }
+
+    /// The same with so many calls in flight.
+    fn with_in_flight(&self, in_flight: usize) -> Self {
+        Self { in_flight, ..self.clone() }
     }
 }
 
@@ -181,14 +183,7 @@ fn speed(options: &Options, binary: &Path) -> Result<()> {
     ));
     let server = Loopback::start(&["--latency-ms", "300"])?;
     fresh(options, "small")?;
-    let small = Options {
-        in_flight,
-        dir: options.dir.clone(),
-        venv: None,
-        only: Vec::new(),
-        peers: Vec::new(),
-        ..*options
-    };
+    let small = options.with_in_flight(in_flight);
     let took = timed(client(binary, &small, &server, &source, "small"), &options.dir.join("small.log"))?;
     tell("ours", rows, took);
     drop(server);
@@ -277,14 +272,7 @@ fn limits(options: &Options, binary: &Path) -> Result<()> {
 fn faults(options: &Options, binary: &Path) -> Result<()> {
     let rows = 1000;
     let source = input(options, rows)?;
-    let small = Options {
-        in_flight: 200,
-        dir: options.dir.clone(),
-        venv: None,
-        only: Vec::new(),
-        peers: Vec::new(),
-        ..*options
-    };
+    let small = options.with_in_flight(200);
     let mut outputs = Vec::new();
     for share in ["0", "0.2"] {
         let server = Loopback::start(&["--latency-ms", "300", "--faults", share])?;
@@ -334,14 +322,7 @@ fn texts(path: &Path) -> Result<Vec<(String, String)>> {
 fn kills(options: &Options, binary: &Path) -> Result<()> {
     let rows = 8000;
     let source = input(options, rows)?;
-    let small = Options {
-        in_flight: 100,
-        dir: options.dir.clone(),
-        venv: None,
-        only: Vec::new(),
-        peers: Vec::new(),
-        ..*options
-    };
+    let small = options.with_in_flight(100);
     let server = Loopback::start(&["--latency-ms", "200"])?;
     let dir = fresh(options, "kills")?;
     let mut draw = 12345_u64;
