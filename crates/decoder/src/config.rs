@@ -125,6 +125,23 @@ impl Config {
         (self.max_positions as f64 * stretch) as usize
     }
 
+    /// Rotary embeddings depend on how long a sequence is, so that those of its beginning are not those of another
+    /// sequence with the same beginning.
+    pub fn depends_on_length(&self) -> bool {
+        match &self.positions {
+            Positions::Rotary(ropes) => ropes.iter().any(Rope::depends_on_length),
+            Positions::Learned { .. } => false,
+        }
+    }
+
+    /// Length beyond which the keys of a sequence are computed anew, as transformers does for LongRoPE.
+    pub fn switches_after(&self) -> Option<usize> {
+        match &self.positions {
+            Positions::Rotary(ropes) => ropes.iter().find_map(Rope::switches_after),
+            Positions::Learned { .. } => None,
+        }
+    }
+
     /// How block `layer` makes its attention scores.
     pub fn scores(&self, layer: usize) -> Scores {
         Scores {

@@ -2,7 +2,8 @@
 
 use burn::tensor::{DType, Device, Distribution, Tensor, activation};
 use fused_ops::{
-    HeadOutput, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary, select,
+    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary,
+    select,
 };
 use safetensors::Dtype;
 
@@ -43,6 +44,8 @@ pub struct Decoder {
     lora: Option<Lora>,
     dropout: Option<Dropout>,
     compute: DType,
+    /// Matrices laid out for generation, in the order of the weights; none where the weight is used as it is.
+    packed: Vec<Option<Packed>>,
 }
 
 impl Decoder {
@@ -50,7 +53,15 @@ impl Decoder {
     pub(crate) fn assemble(config: Config, weights: Vec<Weight>) -> Self {
         let (specs, structure) = lay_out(&config);
         assert_eq!(specs.len(), weights.len(), "the list has every weight of the configuration");
-        Self { config, weights, structure, lora: None, dropout: None, compute: DType::F32 }
+        Self {
+            config,
+            weights,
+            structure,
+            lora: None,
+            dropout: None,
+            compute: DType::F32,
+            packed: Vec::new(),
+        }
     }
 
     /// A model of this shape with random weights: normal with standard deviation 0.02 (the output
@@ -157,6 +168,35 @@ impl Decoder {
         self
     }
 
+    /// The same model with its matrices laid out for generation, without autodiff; an adapter must be merged. It
+    /// cannot be trained or saved.
+    pub(crate) fn packed(self, narrow: bool) -> Self {
+        assert!(self.lora.is_none(), "an adapter is merged before generation");
+        let mut model = self.frozen();
+        // Each weight goes as soon as it is laid out, where nobody else holds it.
+        drop(self);
+        let (table, head) = (model.structure.embedding, model.structure.head);
+        model.packed = vec![None; model.weights.len()];
+        for (i, weight) in model.weights.iter_mut().enumerate() {
+            let looked_up = i == table || Some(i) == model.structure.positions;
+            if weight.role == Role::Vector || looked_up && i != head {
+                continue;
+            }
+            let nothing = Tensor::zeros([1, 1], &weight.tensor.device());
+            let whole = std::mem::replace(&mut weight.tensor, nothing);
+            model.packed[i] = Some(Packed::new(whole.clone(), narrow));
+            if looked_up {
+                weight.tensor = if narrow { fused_ops::narrow(whole) } else { whole };
+            }
+        }
+        model
+    }
+
+    /// A tensor on the model's device of the type of its activations.
+    pub(crate) fn activation(&self) -> Tensor<2> {
+        Tensor::zeros([1, 1], (&self.device(), self.compute))
+    }
+
     /// Data type of the matrix products.
     pub fn compute(&self) -> DType {
         self.compute
@@ -219,21 +259,21 @@ impl Decoder {
     /// # Shapes
     /// Returns `[tokens, hidden]`.
     pub fn forward(&self, batch: &Batch) -> Tensor<2> {
-        self.run(&batch.tokens, &batch.positions, false, |layer, q, k, v| {
+        self.run(&batch.tokens, &batch.positions, None, |layer, q, k, v| {
             attention(q, k, v, &batch.segments, self.config.heads, self.config.scores(layer))
         })
     }
 
-    /// The blocks, with attention left to the caller: `attend(layer, q, k, v)`. `alone` says that each token is of
-    /// a sequence of its own.
+    /// The blocks, with attention left to the caller: `attend(layer, q, k, v)`. `lengths` are the tokens of each
+    /// sequence, where they are not packed rows.
     pub(crate) fn run(
         &self,
         tokens: &[u32],
         positions: &[u32],
-        alone: bool,
+        lengths: Option<&[usize]>,
         mut attend: impl FnMut(usize, Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let tables = self.tables(positions, alone);
+        let tables = self.tables(positions, lengths);
         let mut x = self.embed(tokens, positions);
         for layer in 0..self.structure.blocks.len() {
             x = self.block(layer, x, &tables, |q, k, v| attend(layer, q, k, v));
@@ -254,11 +294,11 @@ impl Decoder {
     }
 
     /// Angles of the rotary embeddings.
-    pub(crate) fn tables(&self, positions: &[u32], alone: bool) -> Vec<Rotary> {
+    pub(crate) fn tables(&self, positions: &[u32], lengths: Option<&[usize]>) -> Vec<Rotary> {
         match &self.config.positions {
             Positions::Learned { .. } => Vec::new(),
             Positions::Rotary(ropes) => {
-                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim, alone)).collect()
+                ropes.iter().map(|rope| rope.table(positions, self.config.heads.dim, lengths)).collect()
             }
         }
     }
@@ -321,10 +361,9 @@ impl Decoder {
     }
 
     fn project(&self, x: Tensor<2>, p: Projection) -> Tensor<2> {
-        let weight = self.weight(p.weight);
         let out = match &self.lora {
-            Some(lora) => lora.project(x, weight, p.weight, self.dropout),
-            None => linear(x, weight),
+            Some(lora) => lora.project(x, self.weight(p.weight), p.weight, self.dropout),
+            None => self.product(x, p.weight),
         };
         match p.bias {
             Some(bias) => {
@@ -332,6 +371,13 @@ impl Decoder {
                 out + bias
             }
             None => out,
+        }
+    }
+
+    fn product(&self, x: Tensor<2>, weight: usize) -> Tensor<2> {
+        match self.packed.get(weight) {
+            Some(Some(packed)) => packed.linear(x),
+            _ => linear(x, self.weight(weight)),
         }
     }
 
@@ -387,7 +433,7 @@ impl Decoder {
 
     /// Logits for the given rows of hidden states, `[rows, vocab]`.
     pub fn logits(&self, hidden: Tensor<2>, rows: &[u32]) -> Tensor<2> {
-        let products = single(linear(select(hidden, rows), self.weight(self.structure.head)));
+        let products = single(self.product(select(hidden, rows), self.structure.head));
         let logits = scaled(products, self.config.logits.scale);
         match self.config.logits.softcap {
             Some(cap) => (logits / cap).tanh() * cap,

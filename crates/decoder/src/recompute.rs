@@ -26,7 +26,7 @@ impl Decoder {
     /// same values and, from [`Decoder::gradients`], the same gradients to the bit.
     pub fn score_recomputing(&self, batch: &Batch, blocks: usize) -> (HeadOutput, Recompute) {
         let model = self.untracked();
-        let tables = model.tables(&batch.positions, false);
+        let tables = model.tables(&batch.positions, None);
         let mut x = model.embed(&batch.tokens, &batch.positions);
         let layers = self.config().layers.len();
         let blocks = blocks.min(layers);

@@ -83,6 +83,19 @@ impl Rope {
         }
     }
 
+    /// Frequencies depend on the length of the sequence.
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self.kind, RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })
+    }
+
+    /// Length up to which a sequence has other frequencies than beyond: all of its keys are others then.
+    pub fn switches_after(&self) -> Option<usize> {
+        match self.kind {
+            RopeKind::LongRope { original, .. } => Some(original),
+            _ => None,
+        }
+    }
+
     /// Angles per position, for a row whose longest sequence has `length` tokens. In `f32`, as transformers
     /// computes them.
     fn frequencies(&self, length: usize) -> Vec<f32> {
@@ -131,15 +144,22 @@ impl Rope {
     }
 
     /// Cosines and sines of the given positions for heads of `dim` features. Frequencies that depend on the length
-    /// are those of a packed row alone (or, where `alone`, of each token as the last of its sequence), never of
-    /// what is batched with it.
-    pub fn table(&self, positions: &[u32], dim: usize, alone: bool) -> Rotary {
+    /// are those of a sequence up to the last of its positions, never of what is batched with it: the sequences have
+    /// `lengths` tokens here, or are the packed rows that begin at position 0.
+    pub fn table(&self, positions: &[u32], dim: usize, lengths: Option<&[usize]>) -> Rotary {
+        if !self.depends_on_length() {
+            return self.rows(positions, dim, &[positions.len()]);
+        }
+        let rows = || positions.chunk_by(|_, &next| next != 0).map(<[u32]>::len).collect();
+        let lengths = lengths.map_or_else(rows, <[usize]>::to_vec);
+        self.rows(positions, dim, &lengths)
+    }
+
+    fn rows(&self, positions: &[u32], dim: usize, lengths: &[usize]) -> Rotary {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         let mut at = 0;
-        while at < positions.len() {
-            let rest = &positions[at + 1..];
-            let next = if alone { 0 } else { rest.iter().position(|&p| p == 0).unwrap_or(rest.len()) };
-            let row = &positions[at..=at + next];
+        for &len in lengths {
+            let row = &positions[at..at + len];
             let length = row.iter().max().map_or(0, |&last| last as usize + 1);
             let frequencies = self.frequencies(length);
             for (&position, frequency) in row.iter().flat_map(|p| frequencies.iter().map(move |f| (p, f))) {
@@ -147,7 +167,7 @@ impl Rope {
                 cos.push(angle.cos() * self.attention_factor);
                 sin.push(angle.sin() * self.attention_factor);
             }
-            at += row.len();
+            at += len;
         }
         Rotary { cos: Arc::from(cos), sin: Arc::from(sin), half: self.dim / 2, dim }
     }

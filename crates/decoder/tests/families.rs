@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use backend::under_test;
-use decoder::{Batch, Config, Decoder, Generator, Request, Sampling, SaveDtype};
+use decoder::{Batch, Config, Decoder, SaveDtype};
 use serde_json::Value;
 
 fn models() -> Vec<(String, PathBuf)> {
@@ -109,39 +109,6 @@ fn what_is_not_implemented_is_refused_by_name() {
         let said = Config::from_file(&path).unwrap_err().to_string();
         let named = if key == "rope_scaling" { "rotary scaling" } else { key };
         assert!(said.contains(named) || said.contains(value), "{model} with {key} = {value}: {said}");
-    }
-}
-
-#[test]
-fn generation_with_a_cache_takes_what_the_whole_sequence_says() {
-    for (name, dir) in models() {
-        // Their angles depend on the length of the sequence: a cache holds those of shorter ones.
-        if name == "llama-dynamic" || name == "phi3-longrope" {
-            continue;
-        }
-        let model = Decoder::load(&dir, &under_test().device).unwrap();
-        let prompts: Vec<Vec<u32>> =
-            [30, 7].map(|n| (0..n).map(|i| 3 + (i * 31 + n) % 90).collect()).to_vec();
-        let requests = prompts.iter().enumerate().map(|(index, prompt)| Request {
-            index,
-            prompt: prompt.clone(),
-            seed: 0,
-        });
-        let generator = Generator::new(&model, Vec::new(), Sampling::GREEDY, 24, 30, 200);
-        generator.run(
-            requests,
-            |completion| {
-                let mut ids = prompts[completion.index].clone();
-                for token in completion.tokens {
-                    let batch = Batch::of_sequence(&ids);
-                    let logits = model.logits(model.forward(&batch), &[ids.len() as u32 - 1]);
-                    let best = logits.argmax(1).into_data().iter::<i64>().next().unwrap() as u32;
-                    assert_eq!(token, best, "{name}, after {} tokens", ids.len());
-                    ids.push(token);
-                }
-            },
-            |_| true,
-        );
     }
 }
 

@@ -6,6 +6,8 @@ use backend::Backend;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hub::DataRequest;
 
+use crate::sampling::SamplingArgs;
+
 /// Sample from language models and measure them.
 #[derive(Debug, Parser)]
 #[command(name = "eval", version)]
@@ -60,21 +62,18 @@ pub struct SampleArgs {
     /// Most new tokens of an answer.
     #[arg(long, default_value_t = 512)]
     pub max_new_tokens: usize,
-    /// 0 takes the most likely token each time.
-    #[arg(long, default_value_t = 0.0)]
-    pub temperature: f64,
-    /// Draw from the smallest set of tokens with this probability.
-    #[arg(long)]
-    pub top_p: Option<f64>,
-    /// Seed; each row has its own stream of it.
-    #[arg(long)]
-    pub seed: Option<u64>,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
     /// Answers to each prompt, in the column `responses` (for `generate-clair --method judge`).
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub samples: usize,
-    /// Tokens of all sequences that run together [default: 8192].
+    /// Tokens of all sequences that run together [default: 8192, in bfloat16 16384].
     #[arg(long, value_name = "N", conflicts_with = "endpoint")]
     pub batch_tokens: Option<usize>,
+    /// Write the token ids of each answer too, in the column `token_ids`.
+    #[arg(long, conflicts_with = "endpoint")]
+    pub token_ids: bool,
     /// Chat template instead of the model's: `simple`, `chatml`, or a file.
     #[arg(long, value_name = "simple|chatml|FILE", conflicts_with = "endpoint")]
     pub chat_template: Option<String>,
@@ -151,7 +150,8 @@ pub struct DeviceArgs {
     /// Name the devices of every backend this binary was built with, and exit; no other flag is looked at.
     #[arg(long)]
     pub list_devices: bool,
-    /// bfloat16 holds weights and computes in 16 bits where the backend does (tch, cuda) [default: float32].
+    /// bfloat16 computes in 16 bits where the backend does (tch, cuda); generation holds and multiplies weights in
+    /// 16 bits on flex too [default: float32].
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
 }

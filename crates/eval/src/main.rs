@@ -15,10 +15,11 @@ use eval::{data, pairs, sample, served};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     if std::env::args_os().any(|arg| arg == "--list-devices") {
         println!("{}", backend::devices().join("\n"));
         return ExitCode::SUCCESS;

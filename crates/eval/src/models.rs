@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use backend::Opened;
+use backend::{Backend, Opened};
 use burn::tensor::DType;
 use decoder::{Config, Decoder, Lora, adapter_base};
 use hub::{Hub, announce};
@@ -14,17 +14,34 @@ use crate::args::DeviceArgs;
 pub struct Target {
     opened: Opened,
     dtype: DType,
+    /// Data type that matrices are held in from the beginning.
+    held: DType,
 }
 
 impl Target {
     /// Opens what was asked for.
     pub fn open(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
         let backend = args.backend();
-        let dtype = if args.is_narrow() { DType::BF16 } else { DType::F32 };
         if args.is_narrow() && !backend.has_bfloat16() {
             let error = backend::Error::Dtype { backend, dtype: "bfloat16" };
             return Err(error.into());
         }
+        Self::of(args, tell)
+    }
+
+    /// The same for a model that only generates: on Flex its weights may be of 16 bits beside activations of 32.
+    pub fn to_generate(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
+        if args.backend() != Backend::Flex {
+            return Self::open(args, tell);
+        }
+        let held = if args.is_narrow() { DType::BF16 } else { DType::F32 };
+        Ok(Self { held, ..Self::of(args, tell)? })
+    }
+
+    fn of(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
+        let backend = args.backend();
+        let narrow = args.is_narrow() && backend.has_bfloat16();
+        let dtype = if narrow { DType::BF16 } else { DType::F32 };
         let opened = backend.open(args.device)?;
         backend::self_check(&opened)?;
         if args.is_given() {
@@ -34,7 +51,7 @@ impl Target {
                 if args.is_narrow() { "bfloat16" } else { "float32" }
             ));
         }
-        Ok(Self { opened, dtype })
+        Ok(Self { opened, dtype, held: DType::F32 })
     }
 }
 
@@ -84,7 +101,9 @@ impl Model {
         for weight in Config::from_file(&dir.join("config.json"))?.weights() {
             to.opened.check_tensor(&weight.name, 4 * weight.shape.iter().product::<usize>() as u64)?;
         }
-        let mut model = Decoder::load(dir, &to.opened.device)?.computing_in(to.dtype);
+        // An adapter is added in 32 bits.
+        let held = if self.base.is_some() { DType::F32 } else { to.held };
+        let mut model = Decoder::load_as(dir, &to.opened.device, held)?.computing_in(to.dtype);
         if self.base.is_some() {
             let lora = Lora::load(&self.dir, &model)?;
             model = model.with_lora(Some(lora)).merged();

@@ -3,19 +3,16 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
-use decoder::{Decoder, Generator, Request, Sampling, Stop, eos_ids};
-use hub::Hub;
-use pref_data::{
-    Extras, JsonlAppender, Message, Tokenizer, read_chat_template, read_jsonl, row_id, write_atomic,
-    write_jsonl,
-};
+use decoder::Progress;
+use pref_data::{JsonlAppender, Message, read_jsonl, row_id, write_atomic, write_jsonl};
 use serde_json::{Value, json};
 
 use crate::args::{SampleArgs, template_time};
-use crate::models::{Model, Target};
+use crate::local::{Answer, Local, Question};
+use crate::sampling::SamplingArgs;
 
 /// Set by Ctrl-C.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -144,13 +141,11 @@ impl Answers {
         self.done.is_empty()
     }
 
-    /// Adds an answer.
-    pub fn push(&mut self, prompt: &Prompt, response: &str, finish_reason: &str, tokens: u64) -> Result<()> {
+    /// Adds an answer: columns beside those of its prompt.
+    pub fn push(&mut self, prompt: &Prompt, columns: Vec<(&str, Value)>) -> Result<()> {
         let mut row = prompt.row.clone();
         row["id"] = prompt.id.clone().into();
-        row["response"] = response.into();
-        row["finish_reason"] = finish_reason.into();
-        row["completion_tokens"] = tokens.into();
+        columns.into_iter().for_each(|(name, value)| row[name] = value);
         self.log.push(&row)?;
         self.done.insert(prompt.id.clone(), row);
         Ok(())
@@ -168,10 +163,11 @@ impl Answers {
 }
 
 /// Columns of an answer, and of the list of a prompt's samples.
-const COLUMNS: [(&str, &str); 3] = [
+const COLUMNS: [(&str, &str); 4] = [
     ("response", "responses"),
     ("finish_reason", "finish_reasons"),
     ("completion_tokens", "completion_tokens"),
+    ("token_ids", "token_ids"),
 ];
 
 /// The rows of a prompt's samples as one.
@@ -185,7 +181,7 @@ fn together(samples: &[&Value]) -> Value {
     if let Some(map) = row.as_object_mut() {
         COLUMNS.iter().for_each(|(one, _)| drop(map.remove(*one)));
     }
-    for (one, all) in COLUMNS {
+    for (one, all) in COLUMNS.into_iter().filter(|(one, _)| samples[0].get(one).is_some()) {
         row[all] = samples.iter().map(|sample| sample[one].clone()).collect();
     }
     row
@@ -201,7 +197,8 @@ fn apart(row: Value, samples: usize) -> impl Iterator<Item = Value> {
             if let Some(map) = one.as_object_mut() {
                 COLUMNS.iter().for_each(|(_, all)| drop(map.remove(*all)));
             }
-            COLUMNS.iter().for_each(|(name, all)| one[*name] = row[*all][i].clone());
+            let there = COLUMNS.iter().filter(|(_, all)| row.get(all).is_some());
+            there.for_each(|(name, all)| one[*name] = row[*all][i].clone());
         }
         one
     })
@@ -224,55 +221,53 @@ pub fn repeated(prompts: Vec<Prompt>, samples: usize) -> Vec<Prompt> {
 
 /// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
 pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
-    let sampling = sampling(args)?;
+    check(args)?;
     let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
-    let found = Model::find(&Hub::from_env(), &args.model, &|line| tell_line(line))?;
-    let template = args.chat_template.as_deref().map(read_chat_template).transpose()?;
-    let tokenizer =
-        Tokenizer::load(found.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
-    let model = found.load(&Target::open(&args.device, &|line| tell_line(line))?)?;
-    let mut eos = eos_ids(found.config_dir())?;
-    eos.extend(tokenizer.eos_id());
-    let mut requests = Vec::new();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let ids = tokenizer
-            .encode_chat_prompt(&prompt.messages, &Extras::default())
-            .with_context(|| format!("prompt {}", prompt.id))?;
-        check(&model, &ids, args.max_new_tokens, &prompt.id)?;
-        let seed = args.seed.unwrap_or(0).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(index as u64);
-        requests.push(Request { index, prompt: ids, seed });
-    }
-    let settings = json!({
-        "model": args.model, "weights": found.hash()?, "chat_template": tokenizer.template_text(),
-        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-        "seed": args.seed, "samples": args.samples, "dtype": if args.device.is_narrow() { "bfloat16" } else { "float32" },
+    let now = template_time(args.template_date);
+    let local = Local::open(&args.model, &args.device, &args.sampling, args.chat_template.as_deref(), now)?;
+    let mut settings = json!({
+        "model": args.model, "max_new_tokens": args.max_new_tokens, "samples": args.samples,
+        "token_ids": args.token_ids,
     });
+    settings["local"] = local.record()?;
+    check_samples(args, local.sampling())?;
+    let mut questions = Vec::new();
+    for (index, Prompt { id, messages, .. }) in prompts.iter().enumerate() {
+        let prompt = local.prompt(messages, args.max_new_tokens, id)?;
+        questions.push(Question { index, id: id.clone(), prompt, max_new_tokens: args.max_new_tokens });
+    }
     let mut answers = Answers::open(&args.out, &settings, &prompts, args.samples)?;
-    requests.retain(|request| !answers.has(&prompts[request.index].id));
-    let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
-    let batch_tokens = args.batch_tokens.unwrap_or(8192);
-    let generator = Generator::new(&model, eos, sampling, args.max_new_tokens, longest, batch_tokens);
-    let (mut failure, mut new_tokens) = (None, 0);
+    questions.retain(|question| !answers.has(&question.id));
+    let mut total = Progress::default();
+    let started = std::time::Instant::now();
     let progress = std::cell::Cell::new(answers.len());
-    let store = |completion: decoder::Completion| {
-        let prompt = &prompts[completion.index];
-        let result = tokenizer.decode(&completion.tokens).map_err(anyhow::Error::from).and_then(|text| {
-            let reason = if completion.stop == Stop::Eos { "stop" } else { "length" };
-            answers.push(prompt, &text, reason, completion.tokens.len() as u64)
-        });
-        if let Err(error) = result {
-            failure.get_or_insert(error);
-        }
+    let store = |answer: Answer| {
         progress.set(progress.get() + 1);
+        let Answer { index, text, finish_reason, tokens } = answer;
+        let mut columns = vec![
+            ("response", text.into()),
+            ("finish_reason", finish_reason.into()),
+            ("completion_tokens", tokens.len().into()),
+        ];
+        if args.token_ids {
+            columns.push(("token_ids", tokens.into()));
+        }
+        answers.push(&prompts[index], columns)
     };
-    generator.run(requests, store, |tokens| {
-        new_tokens += tokens;
-        tell(progress.get(), prompts.len(), new_tokens);
-        !INTERRUPTED.load(Ordering::Relaxed)
-    });
-    if let Some(error) = failure {
-        return Err(error);
-    }
+    local.answer(questions, args.batch_tokens, store, |step| {
+        total.made += step.made;
+        total.read += step.read;
+        total.shared += step.shared;
+        tell(progress.get(), prompts.len(), total.made);
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    tell_line(&format!(
+        "{} new tokens in {seconds:.1} s, {:.1} a second; {} tokens of prompts read, {} shared",
+        total.made,
+        total.made as f64 / seconds,
+        total.read,
+        total.shared
+    ));
     finish(answers, &prompts)
 }
 
@@ -292,37 +287,18 @@ pub fn finish(answers: Answers, prompts: &[Prompt]) -> Result<Outcome> {
     Ok(Outcome::Done { answers: count })
 }
 
-/// Checks the flags of sampling.
-pub fn sampling(args: &SampleArgs) -> Result<Sampling> {
-    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
-        bail!("--temperature must be 0 or more");
-    }
+/// Checks the flags that do not depend on the model.
+pub fn check(args: &SampleArgs) -> Result<()> {
+    args.sampling.check()?;
     if args.max_new_tokens == 0 {
         bail!("--max-new-tokens must be at least 1");
     }
-    if args.temperature == 0.0 && (args.top_p.is_some() || args.seed.is_some()) {
-        bail!("--top-p and --seed have no effect without --temperature above 0");
-    }
-    if args.samples == 0 || args.temperature == 0.0 && args.samples > 1 {
-        bail!("--samples needs --temperature above 0, or all answers to a prompt would be the same");
-    }
-    let top_p = args.top_p.unwrap_or(1.0);
-    if !(top_p > 0.0 && top_p <= 1.0) {
-        bail!("--top-p must be above 0 and at most 1");
-    }
-    Ok(Sampling { temperature: args.temperature as f32, top_p: top_p as f32 })
+    if args.sampling.generation_config { Ok(()) } else { check_samples(args, &args.sampling) }
 }
 
-fn check(model: &Decoder, ids: &[u32], new: usize, id: &str) -> Result<()> {
-    if ids.is_empty() {
-        bail!("prompt {id}: has no tokens");
+fn check_samples(args: &SampleArgs, sampling: &SamplingArgs) -> Result<()> {
+    if args.samples == 0 || sampling.is_greedy() && args.samples > 1 {
+        bail!("--samples needs --temperature above 0, or all answers to a prompt would be the same");
     }
-    let most = model.config().longest();
-    if ids.len().saturating_add(new) > most {
-        bail!(
-            "prompt {id}: {} tokens and {new} new ones exceed the model's {most} positions; lower --max-new-tokens",
-            ids.len()
-        );
-    }
-    model.check_sequence(ids, ids.len() + new).map_err(|reason| anyhow::anyhow!("prompt {id}: {reason}"))
+    Ok(())
 }

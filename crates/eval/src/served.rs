@@ -13,15 +13,16 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::args::SampleArgs;
-use crate::sample::{Answers, INTERRUPTED, Outcome, finish, read_prompts, repeated, sampling};
+use crate::sample::{Answers, INTERRUPTED, Outcome, check, finish, read_prompts, repeated};
 
 /// Answers prompts with a server; every reply is stored beside the output. `tell` gets `(answers, all)`.
 pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, usize)) -> Result<Outcome> {
-    sampling(args)?;
+    check(args)?;
+    let sampling = &args.sampling;
     let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
     let settings = json!({
         "endpoint": endpoint, "model": args.model, "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "samples": args.samples,
+        "sampling": sampling.record(), "samples": args.samples,
     });
     let mut name = args.out.as_os_str().to_owned();
     name.push(".replies");
@@ -50,10 +51,11 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
         let request = ChatRequest {
             model: args.model.clone(),
             messages,
-            temperature: Some(args.temperature),
-            top_p: args.top_p,
+            temperature: Some(sampling.temperature.unwrap_or(0.0)),
+            top_p: sampling.top_p,
             max_tokens: Some(u32::try_from(args.max_new_tokens).unwrap_or(u32::MAX)),
-            seed: args.seed,
+            seed: sampling.seed,
+            extra: sampling.fields(),
             sample: (index % args.samples) as u32,
             ..ChatRequest::default()
         };
@@ -76,7 +78,12 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
         match result {
             Ok(Some(stored)) => {
                 let (reply, tokens) = (&stored.reply, stored.reply.usage().completion_tokens);
-                answers.push(&prompts[index], reply.content(), reply.finish_reason(), tokens)?;
+                let columns = vec![
+                    ("response", reply.content().into()),
+                    ("finish_reason", reply.finish_reason().into()),
+                    ("completion_tokens", tokens.into()),
+                ];
+                answers.push(&prompts[index], columns)?;
                 tell(answers.len(), prompts.len());
             }
             Ok(None) => {}

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use backend::under_test;
 use burn::tensor::{Distribution, Tensor};
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segments};
+use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Packed, Parameter, Rotary, Scores, Segments};
 
 const TOKENS: usize = 2048;
 const HIDDEN: usize = 576;
@@ -183,5 +183,21 @@ fn adamw(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(ops, limits, products, attention, elementwise, adamw);
+/// Products of generation: weights of 30 layers, each read once a step, with few rows and with many.
+fn packed(c: &mut Criterion) {
+    for narrow in [false, true] {
+        let weights: Vec<Packed> = (0..60).map(|_| Packed::new(random(INNER, HIDDEN), narrow)).collect();
+        for rows in [1, 8, 29, 64, 512] {
+            let x = random(rows, HIDDEN);
+            let work = Throughput::Elements((2 * weights.len() * rows * INNER * HIDDEN) as u64);
+            let mut group = c.benchmark_group(format!("packed {} bits", if narrow { 16 } else { 32 }));
+            group.sample_size(10).throughput(work);
+            let pass = || weights.iter().for_each(|weight| finish(weight.linear(x.clone())));
+            group.bench_function(rows.to_string(), |b| b.iter(|| rayon::scope(|_| pass())));
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(ops, limits, products, attention, elementwise, adamw, packed);
 criterion_main!(ops);

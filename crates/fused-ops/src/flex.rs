@@ -9,10 +9,12 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::kernels::matrix::{Mat, product_of};
+use crate::kernels::panel::{Element, has_narrow_products};
 use crate::kernels::simd::CHUNK;
 use crate::kernels::{self, attention::Operands};
-use crate::kernels::{attention as attn, elementwise, head as lm_head, norm};
+use crate::kernels::{attention as attn, elementwise, head as lm_head, norm, packed, paged};
 use crate::ops::{FusedOps, Three, Two};
+use crate::paged::Span;
 use crate::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segments};
 
 fn flat(t: &FlexTensor) -> FlexTensor {
@@ -93,6 +95,27 @@ pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
         weight.storage::<f32>().par_chunks(cols).map(|row| squares(row).sqrt() as f32).collect();
     let rows = norms.len();
     Tensor::from_primitive::<Flex>(new(norms, &[rows, 1]))
+}
+
+fn panels<T: Element>(values: Vec<T>, shape: [usize; 2]) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::from(shape)), T::dtype())
+}
+
+fn paged_step<T: Element>(
+    [q, k, v]: [&FlexTensor; 3],
+    [keys, values]: [&mut FlexTensor; 2],
+    spans: &[Span],
+    heads: Heads,
+    scores: Scores,
+) -> Vec<f32> {
+    paged::write(
+        [k.storage(), v.storage()],
+        [keys.storage_mut::<T>(), values.storage_mut::<T>()],
+        spans,
+        heads,
+    );
+    let cache = paged::Cache { keys: keys.storage::<T>(), values: values.storage::<T>(), heads, scores };
+    paged::attend(q.storage(), cache, spans)
 }
 
 impl FusedOps for Flex {
@@ -203,6 +226,60 @@ impl FusedOps for Flex {
         let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
         let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), lse.storage());
         (like(dq, &q), like(dk, &k), like(dv, &v))
+    }
+
+    fn packed(w: FlexTensor, narrow: bool) -> FlexTensor {
+        let w = flat(&w);
+        let ([rows, k], mut buffer) = (dims(&w), Vec::new());
+        let values = wide(&w, &mut buffer);
+        if narrow {
+            panels(packed::pack::<bf16>(values, rows, k), packed::shape::<bf16>(rows, k))
+        } else {
+            panels(packed::pack::<f32>(values, rows, k), packed::shape::<f32>(rows, k))
+        }
+    }
+
+    fn packed_linear(x: FlexTensor, w: FlexTensor, rows: usize) -> FlexTensor {
+        let x = flat(&x);
+        let ([tokens, k], [padded, inner]) = (dims(&x), dims(&w));
+        assert!(
+            rows <= padded && k <= inner && inner < k + 2,
+            "packed linear: [{tokens}, {k}] with [{rows}, {inner}]"
+        );
+        let out = match w.dtype() {
+            DType::BF16 => packed::linear::<bf16>(x.storage(), k, w.storage(), rows),
+            _ => packed::linear::<f32>(x.storage(), k, w.storage(), rows),
+        };
+        new(out, &[tokens, rows])
+    }
+
+    fn new_cache(_: FlexTensor, narrow: bool, slots: usize, heads: Heads) -> Two<Self> {
+        let shape = [slots, heads.kv * heads.dim];
+        // Keys and values of 16 bits are multiplied as they are, or not at all.
+        if narrow && has_narrow_products() && heads.dim.is_multiple_of(2) {
+            let new = || panels(vec![bf16::ZERO; shape[0] * shape[1]], shape);
+            return (new(), new());
+        }
+        let new = || panels(vec![0.0_f32; shape[0] * shape[1]], shape);
+        (new(), new())
+    }
+
+    fn paged_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        mut keys: FlexTensor,
+        mut values: FlexTensor,
+        spans: Arc<Vec<Span>>,
+        heads: Heads,
+        scores: Scores,
+    ) -> Three<Self> {
+        let (q, k, v) = (flat(&q), flat(&k), flat(&v));
+        let out = match keys.dtype() {
+            DType::BF16 => paged_step::<bf16>([&q, &k, &v], [&mut keys, &mut values], &spans, heads, scores),
+            _ => paged_step::<f32>([&q, &k, &v], [&mut keys, &mut values], &spans, heads, scores),
+        };
+        (like(out, &q), keys, values)
     }
 
     fn fused_sums(values: FlexTensor, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FlexTensor {

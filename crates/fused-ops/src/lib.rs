@@ -22,12 +22,15 @@ pub mod libtorch;
 #[allow(deprecated)]
 mod ops;
 mod optim;
+mod paged;
 mod segments;
 
 pub use ops::{
-    activate, attention, gated, head, layer_norm, linear, narrow, rms_norm, rotary, select, sum_into, upload,
+    Cache, Packed, activate, attention, cached_attention, gated, head, layer_norm, linear, narrow, rms_norm,
+    rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
+pub use paged::{PAGE, Span};
 pub use segments::{Segment, Segments};
 
 use std::sync::Arc;

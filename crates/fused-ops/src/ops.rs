@@ -11,6 +11,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use tracing::trace_span;
 
 use crate::generic::{self, Value};
+use crate::paged::{PAGE, Span, check, gathered};
 use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segments};
 
 /// Three tensors, such as gradients in the order of the operands.
@@ -136,6 +137,54 @@ pub(crate) trait FusedOps: Backend {
         let [dq, dk, dv] =
             generic::attention_backward::<Self>(grad, inputs, out, lse, &segments, heads, scores);
         (dq.0, dk.0, dv.0)
+    }
+    /// A weight as [`FusedOps::packed_linear`] takes it, in 16 bits where that is wanted and gains something.
+    fn packed(w: FloatTensor<Self>, narrow: bool) -> FloatTensor<Self> {
+        let _ = narrow;
+        w
+    }
+    /// `x · wᵀ` for a packed weight of so many rows.
+    fn packed_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, rows: usize) -> FloatTensor<Self> {
+        let _ = rows;
+        Self::fused_linear(x, w)
+    }
+    /// Rows written over those of a cache, without a copy of it where nothing else holds it.
+    fn write_rows(cache: FloatTensor<Self>, rows: FloatTensor<Self>, slots: Vec<u32>) -> FloatTensor<Self> {
+        generic::write_rows::<Self>(Value(cache), Value(rows), &slots).0
+    }
+    /// Keys and values of nothing, for queries of the type of `like`.
+    fn new_cache(
+        like: FloatTensor<Self>,
+        narrow: bool,
+        slots: usize,
+        heads: Heads,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let _ = narrow;
+        let new =
+            || Value::<Self>::zeros(&[slots, heads.kv * heads.dim], like.dtype(), &Value(like.clone())).0;
+        (new(), new())
+    }
+    /// Returns the output, the keys and the values.
+    fn paged_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        spans: Arc<Vec<Span>>,
+        heads: Heads,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let (writes, reads, segments) = gathered(&spans);
+        let keys = Self::write_rows(keys, k, writes.clone());
+        let values = Self::write_rows(values, v, writes);
+        let [k, v] = [&keys, &values].map(|cache| {
+            let cache = Value::<Self>(cache.clone());
+            let slots = Value::indices(reads.clone(), &[reads.len()], &cache);
+            Self::float_select(cache.0, 0, slots)
+        });
+        let (out, _) = Self::fused_attention(q, k, v, Arc::new(segments), heads, scores);
+        (out, keys, values)
     }
     fn fused_sums(values: FloatTensor<Self>, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FloatTensor<Self> {
         generic::sums::<Self>(Value(values), &plan, sums).0
@@ -274,6 +323,73 @@ pub fn attention(
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     let (out, _lse) = <Dispatch as FusedOps>::fused_attention(q, k, v, segments.clone(), heads, scores);
     dispatch(out)
+}
+
+/// A weight laid out for products with few rows, which is not trained. A row's result does not depend on the rows
+/// beside it on Flex.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    tensor: Tensor<2>,
+    rows: usize,
+}
+
+impl Packed {
+    /// Of a weight `[out, in]`. `narrow` holds and multiplies it in 16 bits, sums in 32, where the backend holds
+    /// models in 32 otherwise.
+    pub fn new(weight: Tensor<2>, narrow: bool) -> Self {
+        let rows = weight.dims()[0];
+        let tensor = dispatch(<Dispatch as FusedOps>::packed(weight.into_dispatch(), narrow));
+        Self { tensor, rows }
+    }
+
+    /// `x · wᵀ`.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`; returns `[tokens, out]`.
+    pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
+        let _span = trace_span!("PackedLinear").entered();
+        let (x, w) = (x.into_dispatch(), self.tensor.clone().into_dispatch());
+        dispatch(<Dispatch as FusedOps>::packed_linear(x, w, self.rows))
+    }
+}
+
+/// Keys and values of one layer, in pages of [`PAGE`] tokens. How they lie in there is the backend's own.
+#[derive(Debug)]
+pub struct Cache {
+    keys: Tensor<2>,
+    values: Tensor<2>,
+    pages: usize,
+}
+
+impl Cache {
+    /// Room for `pages` pages. `like` is an activation of the model: queries are of its type. `narrow` as for
+    /// [`Packed::new`].
+    pub fn new(like: &Tensor<2>, narrow: bool, pages: usize, heads: Heads) -> Self {
+        let like = like.clone().into_dispatch();
+        let (keys, values) = <Dispatch as FusedOps>::new_cache(like, narrow, pages * PAGE, heads);
+        Self { keys: dispatch(keys), values: dispatch(values), pages }
+    }
+}
+
+/// Writes the keys and values of new tokens into a cache and attends to all that it holds of their sequences.
+///
+/// # Shapes
+/// - `q`: `[tokens, heads.query · dim]`; `k` and `v`: `[tokens, heads.kv · dim]`; returns the shape of `q`. `spans`
+///   cover all tokens, one after the other.
+pub fn cached_attention(
+    [q, k, v]: [Tensor<2>; 3],
+    cache: Cache,
+    spans: &Arc<Vec<Span>>,
+    heads: Heads,
+    scores: Scores,
+) -> (Tensor<2>, Cache) {
+    let _span = trace_span!("CachedAttention").entered();
+    check(spans, q.dims()[0], cache.pages);
+    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+    let (keys, values) = (cache.keys.into_dispatch(), cache.values.into_dispatch());
+    let (out, keys, values) =
+        <Dispatch as FusedOps>::paged_attention(q, k, v, keys, values, spans.clone(), heads, scores);
+    (dispatch(out), Cache { keys: dispatch(keys), values: dispatch(values), pages: cache.pages })
 }
 
 /// Language-model head: log-probability of one target a row, in parts of the rows or of the vocabulary, so that the

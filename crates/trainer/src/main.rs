@@ -1,7 +1,5 @@
 //! The `trainer` command.
 
-mod allocator;
-
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -13,6 +11,9 @@ use trainer::recipe;
 use trainer::run::run;
 use trainer::settings::Settings;
 use trainer::train::{INTERRUPTED, Outcome, TRAINING};
+
+#[global_allocator]
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 #[allow(clippy::print_stderr, clippy::print_stdout)]
 fn main() -> ExitCode {

@@ -35,6 +35,18 @@ pub fn linear_grad_weight<B: FusedOps>(grad: Value<B>, x: Value<B>) -> Value<B> 
     grad.t().matmul(x)
 }
 
+/// Rows written over those of a cache, one run of slots after the other.
+pub fn write_rows<B: FusedOps>(mut cache: Value<B>, rows: Value<B>, slots: &[u32]) -> Value<B> {
+    let rows = rows.cast(cache.dtype());
+    let mut row = 0;
+    for run in slots.chunk_by(|a, b| a + 1 == *b) {
+        let start = run[0] as usize;
+        cache = cache.assign(start..start + run.len(), rows.clone().narrow(0, row..row + run.len()));
+        row += run.len();
+    }
+    cache
+}
+
 /// The 0/1 matrix `[sums, values]` of a plan.
 fn plan_matrix<B: FusedOps>(plan: &[(u32, u32)], sums: usize, values: usize, like: &Value<B>) -> Value<B> {
     let mut matrix = vec![0.0; sums * values];

@@ -173,6 +173,12 @@ impl<B: Backend> Value<B> {
         Self(B::float_slice(self.0, &slices))
     }
 
+    /// Rows written over those of a range.
+    pub fn assign(self, rows: Range<usize>, values: Self) -> Self {
+        let slices = [Slice::from(rows), Slice::from(0..self.dims()[1])];
+        Self(B::float_slice_assign(self.0, &slices, values.0))
+    }
+
     pub fn cat(parts: Vec<Self>, dim: usize) -> Self {
         let mut parts: Vec<FloatTensor<B>> = parts.into_iter().map(|part| part.0).collect();
         match parts.len() {

@@ -9,4 +9,7 @@ pub mod elementwise;
 pub mod head;
 pub mod matrix;
 pub mod norm;
+pub mod packed;
+pub mod paged;
+pub mod panel;
 pub mod simd;

@@ -43,6 +43,16 @@ impl FusedOps for LibTorch {
         })
     }
 
+    fn write_rows(cache: TchTensor, rows: TchTensor, slots: Vec<u32>) -> TchTensor {
+        let slots: Vec<i64> = slots.into_iter().map(i64::from).collect();
+        let slots = upload(&slots, &[slots.len()], cache.tensor.device());
+        let mut cache = cache;
+        // In place: a cache belongs to one generator alone.
+        let rows = rows.tensor.to_kind(cache.tensor.kind());
+        cache.tensor = cache.tensor.index_copy_(0, &slots, &rows);
+        cache
+    }
+
     fn fused_gated(gate: TchTensor, up: TchTensor, kind: Activation) -> TchTensor {
         TchTensor::new(activated(&gate.tensor, kind) * up.tensor)
     }

@@ -1,7 +1,5 @@
 //! `bench generate`: the revision client against a local server that behaves like a hosted model, beside its peers.
 
-mod process;
-
 use std::collections::BinaryHeap;
 use std::env;
 use std::fmt::Write;
@@ -13,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::process::{Loopback, Took, timed};
 use super::{count, flags};
 use crate::cargo::{build, cargo, root};
 use crate::report;
-use process::{Loopback, Took, timed};
 
 const PARTS: [&str; 5] = ["speed", "limits", "faults", "kills", "store"];
 const PEERS: [&str; 3] = ["asyncio", "curator", "distilabel"];

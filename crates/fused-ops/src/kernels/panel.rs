@@ -1,0 +1,416 @@
+//! Products of rows with panels of 32 columns, for weights and caches that are laid out once and read often.
+//!
+//! A panel holds the values of its columns for one summed index after the other, so that a product streams it and
+//! needs no copy, however few rows there are. Every element of a result is one sum in one order, whatever stands in
+//! the rows beside it: a sequence's result does not depend on what it is batched with.
+
+#![allow(unsafe_code)]
+// Plain indices keep the sums in registers.
+#![allow(clippy::needless_range_loop)]
+
+use std::borrow::Cow;
+
+use half::bf16;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::simd::{CHUNK, wide};
+
+/// Columns of a panel.
+pub const WIDTH: usize = 32;
+
+/// Rows beside a panel: `count` of `k` elements, `stride` elements from one to the next.
+#[derive(Clone, Copy)]
+pub struct Rows<'a, T> {
+    pub data: &'a [T],
+    pub stride: usize,
+    pub count: usize,
+    pub k: usize,
+}
+
+/// Types that panels hold.
+pub trait Element: burn::tensor::Element + bytemuck::Pod {
+    /// Values of a column that stand side by side: the summed index runs over groups of so many.
+    const GROUP: usize;
+
+    /// Rounds to the nearest.
+    fn of(value: f32) -> Self;
+
+    /// Rows of `k` values, those of a group that is not full filled up with 0.
+    fn rows(values: &[f32], k: usize) -> Cow<'_, [Self]>;
+
+    /// `c = a · b`, or `c += a · b`: `c` has `stride` elements from one row to the next. `b` has `WIDTH` columns,
+    /// `b_stride` columns from one group of the summed index to the next.
+    ///
+    /// # Safety
+    /// `c` must be writable for all rows and columns, and nothing else may access those.
+    unsafe fn product(a: Rows<Self>, b: &[Self], b_stride: usize, c: *mut f32, stride: usize, add: bool);
+}
+
+fn check<T: Element>(a: &Rows<T>, b: &[T], b_stride: usize) {
+    let groups = a.k.div_ceil(T::GROUP);
+    assert!(
+        a.count == 0 || (a.count - 1) * a.stride + groups * T::GROUP <= a.data.len(),
+        "rows end too early"
+    );
+    assert!(
+        groups == 0 || ((groups - 1) * b_stride + WIDTH) * T::GROUP <= b.len(),
+        "the panel ends too early"
+    );
+}
+
+impl Element for f32 {
+    const GROUP: usize = 1;
+
+    fn of(value: f32) -> Self {
+        value
+    }
+
+    fn rows(values: &[f32], _: usize) -> Cow<'_, [f32]> {
+        Cow::Borrowed(values)
+    }
+
+    unsafe fn product(a: Rows<f32>, b: &[f32], b_stride: usize, c: *mut f32, stride: usize, add: bool) {
+        check(&a, b, b_stride);
+        let product = Product { a, b: b.as_ptr(), b_stride, c, stride, add };
+        pulp::Arch::new().dispatch(product);
+    }
+}
+
+struct Product<'a> {
+    a: Rows<'a, f32>,
+    b: *const f32,
+    b_stride: usize,
+    c: *mut f32,
+    stride: usize,
+    add: bool,
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // As many rows at a time as sums fit into the registers.
+        // SAFETY: the vectors of a panel are `WIDTH` floats; `check` has seen to the operands.
+        unsafe {
+            match S::F32_LANES {
+                16 => {
+                    let mut row = 0;
+                    self.tiles::<S, 12, 2>(simd, &mut row);
+                    self.tiles::<S, 6, 2>(simd, &mut row);
+                    self.tiles::<S, 4, 2>(simd, &mut row);
+                    self.tiles::<S, 3, 2>(simd, &mut row);
+                    self.tiles::<S, 2, 2>(simd, &mut row);
+                    self.tiles::<S, 1, 2>(simd, &mut row);
+                }
+                8 => {
+                    let mut row = 0;
+                    self.tiles::<S, 3, 4>(simd, &mut row);
+                    self.tiles::<S, 2, 4>(simd, &mut row);
+                    self.tiles::<S, 1, 4>(simd, &mut row);
+                }
+                4 => self.tiles::<S, 1, 8>(simd, &mut 0),
+                _ => self.tiles::<S, 1, 32>(simd, &mut 0),
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, const M: usize, const V: usize>(&self, simd: S, row: &mut usize) {
+        while *row + M <= self.a.count {
+            // SAFETY: these rows exist.
+            unsafe { self.tile::<S, M, V>(simd, *row) };
+            *row += M;
+        }
+    }
+
+    /// `M` rows against `V` vectors of columns.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const M: usize, const V: usize>(&self, simd: S, row: usize) {
+        // SAFETY: as the caller's.
+        unsafe {
+            let a = self.a.data.as_ptr().add(row * self.a.stride);
+            let c = self.c.add(row * self.stride);
+            let vector = |from: *const f32| from.cast::<S::f32s>().read_unaligned();
+            let mut sums = [[simd.splat_f32s(0.0); V]; M];
+            if self.add {
+                for i in 0..M {
+                    for j in 0..V {
+                        sums[i][j] = vector(c.add(i * self.stride + j * S::F32_LANES));
+                    }
+                }
+            }
+            for k in 0..self.a.k {
+                let mut columns = [simd.splat_f32s(0.0); V];
+                for j in 0..V {
+                    columns[j] = vector(self.b.add(k * self.b_stride + j * S::F32_LANES));
+                }
+                for i in 0..M {
+                    let x = simd.splat_f32s(*a.add(i * self.a.stride + k));
+                    for j in 0..V {
+                        sums[i][j] = simd.mul_add_f32s(x, columns[j], sums[i][j]);
+                    }
+                }
+            }
+            for i in 0..M {
+                for j in 0..V {
+                    let to = c.add(i * self.stride + j * S::F32_LANES);
+                    to.cast::<S::f32s>().write_unaligned(sums[i][j]);
+                }
+            }
+        }
+    }
+}
+
+/// This processor multiplies pairs of 16-bit floats and sums them in 32 bits.
+pub fn has_narrow_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+/// To the nearest, ties to even, in a form that vectorises. Not-a-number stays one.
+#[inline(always)]
+fn rounded(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let up = (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16;
+    bf16::from_bits(if value.is_nan() { 0x7FC0 } else { up })
+}
+
+impl Element for bf16 {
+    const GROUP: usize = 2;
+
+    fn of(value: f32) -> Self {
+        rounded(value)
+    }
+
+    fn rows(values: &[f32], k: usize) -> Cow<'_, [bf16]> {
+        let inner = k.next_multiple_of(2);
+        let mut out = vec![bf16::ZERO; values.len() / k * inner];
+        let part = (CHUNK / k).max(1);
+        let parts = out.par_chunks_mut(part * inner).zip(values.par_chunks(part * k));
+        parts.for_each(|(to, from)| {
+            wide(
+                #[inline(always)]
+                || {
+                    for (to, from) in to.chunks_exact_mut(inner).zip(from.chunks_exact(k)) {
+                        to.iter_mut().zip(from).for_each(|(to, &from)| *to = rounded(from));
+                    }
+                },
+            );
+        });
+        Cow::Owned(out)
+    }
+
+    unsafe fn product(a: Rows<bf16>, b: &[bf16], b_stride: usize, c: *mut f32, stride: usize, add: bool) {
+        check(&a, b, b_stride);
+        #[cfg(target_arch = "x86_64")]
+        if has_narrow_products() {
+            // SAFETY: the processor has the instructions; `check` has seen to the operands.
+            return unsafe { narrow::product(a, b.as_ptr().cast(), b_stride, c, stride, add) };
+        }
+        // SAFETY: as the caller's.
+        unsafe { widened(a, b, b_stride, c, stride, add) }
+    }
+}
+
+/// The same product in 32 bits.
+unsafe fn widened(a: Rows<bf16>, b: &[bf16], b_stride: usize, c: *mut f32, stride: usize, add: bool) {
+    let groups = a.k.div_ceil(2);
+    let mut panel = vec![0.0; groups * 2 * WIDTH];
+    for group in 0..groups {
+        for column in 0..WIDTH {
+            for i in 0..2 {
+                panel[(2 * group + i) * WIDTH + column] = b[2 * (group * b_stride + column) + i].to_f32();
+            }
+        }
+    }
+    let rows = (0..a.count).flat_map(|row| &a.data[row * a.stride..][..2 * groups]);
+    let wide: Vec<f32> = rows.map(|value| value.to_f32()).collect();
+    let a = Rows { data: &wide, stride: 2 * groups, count: a.count, k: 2 * groups };
+    // SAFETY: as the caller's.
+    unsafe { f32::product(a, &panel, WIDTH, c, stride, add) }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod narrow {
+    use std::arch::x86_64::{
+        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+        _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+    use std::mem::transmute;
+
+    use half::bf16;
+
+    use super::Rows;
+
+    /// Operands of [`tile`]; pairs of values are read as one number.
+    struct Operands {
+        a: *const i32,
+        a_stride: usize,
+        groups: usize,
+        b: *const i32,
+        b_stride: usize,
+        stride: usize,
+        add: bool,
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn product(
+        a: Rows<bf16>,
+        b: *const i32,
+        b_stride: usize,
+        c: *mut f32,
+        stride: usize,
+        add: bool,
+    ) {
+        let mut row = 0;
+        // SAFETY: the caller has checked that the operands hold what is read and written.
+        unsafe {
+            macro_rules! tiles {
+                ($rows:literal) => {
+                    while a.count - row >= $rows {
+                        let first = a.data.as_ptr().add(row * a.stride).cast();
+                        let groups = a.k.div_ceil(2);
+                        let x = Operands { a: first, a_stride: a.stride, groups, b, b_stride, stride, add };
+                        tile::<$rows>(&x, c.add(row * stride));
+                        row += $rows;
+                    }
+                };
+            }
+            tiles!(12);
+            tiles!(6);
+            tiles!(4);
+            tiles!(3);
+            tiles!(2);
+            tiles!(1);
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn tile<const M: usize>(x: &Operands, c: *mut f32) {
+        // SAFETY: as the caller's.
+        unsafe {
+            let mut sums: [[__m512; 2]; M] = [[_mm512_setzero_ps(); 2]; M];
+            if x.add {
+                for i in 0..M {
+                    for j in 0..2 {
+                        sums[i][j] = _mm512_loadu_ps(c.add(i * x.stride + 16 * j));
+                    }
+                }
+            }
+            for k in 0..x.groups {
+                let columns = x.b.add(k * x.b_stride);
+                let left: __m512bh = transmute(_mm512_loadu_si512(columns.cast()));
+                let right: __m512bh = transmute(_mm512_loadu_si512(columns.add(16).cast()));
+                for i in 0..M {
+                    // Rows start at any element.
+                    let pair = x.a.byte_add(2 * i * x.a_stride).add(k).read_unaligned();
+                    let pair: __m512bh = transmute(_mm512_set1_epi32(pair));
+                    sums[i][0] = _mm512_dpbf16_ps(sums[i][0], pair, left);
+                    sums[i][1] = _mm512_dpbf16_ps(sums[i][1], pair, right);
+                }
+            }
+            for i in 0..M {
+                for j in 0..2 {
+                    _mm512_storeu_ps(c.add(i * x.stride + 16 * j), sums[i][j]);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7 + seed) % 23) as f32 / 8.0 - 1.25).collect()
+    }
+
+    fn panel<T: Element>(b: &[f32], k: usize) -> Vec<T> {
+        let mut out = vec![T::default(); k.div_ceil(T::GROUP) * T::GROUP * WIDTH];
+        for (i, value) in b.iter().enumerate() {
+            let (row, column) = (i / WIDTH, i % WIDTH);
+            out[(row / T::GROUP * WIDTH + column) * T::GROUP + row % T::GROUP] = T::of(*value);
+        }
+        out
+    }
+
+    fn compare<T: Element>(rows: usize, k: usize, add: bool) {
+        let stride = k.div_ceil(T::GROUP) * T::GROUP;
+        let (x, b) = (values(rows * k, 3), values(k * WIDTH, 11));
+        let mut a = vec![T::default(); rows * stride];
+        x.iter().enumerate().for_each(|(i, &v)| a[i / k * stride + i % k] = T::of(v));
+        let mut c = values(rows * 40, 5);
+        let before = c.clone();
+        // SAFETY: `c` has 40 columns in each row.
+        unsafe {
+            let a = Rows { data: &a, stride, count: rows, k };
+            T::product(a, &panel::<T>(&b, k), WIDTH, c.as_mut_ptr(), 40, add);
+        }
+        for (i, &got) in c.iter().enumerate() {
+            let (row, column) = (i / 40, i % 40);
+            if column >= WIDTH {
+                assert_eq!(got, before[i], "columns beyond the panel stay as they are");
+                continue;
+            }
+            let sum: f32 = (0..k).map(|j| x[row * k + j] * b[j * WIDTH + column]).sum();
+            let want = sum + if add { before[i] } else { 0.0 };
+            assert!(
+                (got - want).abs() < 1e-4 * (1.0 + want.abs()),
+                "{rows}x{k} ({row}, {column}): {got} {want}"
+            );
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_plain_loops() {
+        for (rows, k) in [(1, 1), (2, 7), (5, 64), (12, 33), (17, 48), (29, 576)] {
+            for add in [false, true] {
+                compare::<f32>(rows, k, add);
+                // All values are multiples of 1/8 below 2, which 16 bits hold.
+                compare::<bf16>(rows, k, add);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_result_beside_any_other() {
+        let (x, b) = (values(29 * 64, 1), panel::<f32>(&values(64 * WIDTH, 2), 64));
+        let run = |first: usize, rows: usize| {
+            let mut c = vec![0.0; rows * WIDTH];
+            let a = Rows { data: &x[first * 64..], stride: 64, count: rows, k: 64 };
+            // SAFETY: `c` has `WIDTH` columns.
+            unsafe { f32::product(a, &b, WIDTH, c.as_mut_ptr(), WIDTH, false) };
+            c
+        };
+        let all = run(0, 29);
+        for row in 0..29 {
+            assert_eq!(run(row, 1), all[row * WIDTH..][..WIDTH], "row {row}");
+        }
+    }
+
+    #[test]
+    fn without_the_instructions_pairs_are_widened() {
+        let (x, b) = (values(3 * 10, 1), values(10 * WIDTH, 2));
+        let a: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
+        let b = panel::<bf16>(&b, 10);
+        let (mut plain, mut wide) = (vec![0.0; 3 * WIDTH], vec![0.0; 3 * WIDTH]);
+        let a = Rows { data: &a, stride: 10, count: 3, k: 10 };
+        // SAFETY: both results have `WIDTH` columns.
+        unsafe {
+            bf16::product(a, &b, WIDTH, plain.as_mut_ptr(), WIDTH, false);
+            widened(a, &b, WIDTH, wide.as_mut_ptr(), WIDTH, false);
+        }
+        plain.iter().zip(&wide).for_each(|(p, w)| assert!((p - w).abs() < 1e-5, "{p} {w}"));
+    }
+}
