@@ -68,8 +68,8 @@ pub struct Progress {
     pub running: usize,
 }
 
-/// Tells of the new tokens of a request whether it is to end there.
-pub type IsEnd<'a> = &'a dyn Fn(&[u32]) -> bool;
+/// Tells of the index of a request and its new tokens whether it is to end there.
+pub type IsEnd<'a> = &'a dyn Fn(usize, &[u32]) -> bool;
 
 /// How completions end.
 pub struct Ends<'a> {
@@ -276,7 +276,7 @@ fn end(sequence: &mut Active, ends: &Ends) -> Option<Stop> {
         sequence.tokens.pop();
         return Some(Stop::Eos);
     }
-    if ends.text.is_some_and(|is_end| is_end(sequence.new_tokens())) {
+    if ends.text.is_some_and(|is_end| is_end(sequence.request.index, sequence.new_tokens())) {
         return Some(Stop::Text);
     }
     (sequence.new_tokens().len() >= sequence.request.max_new_tokens).then_some(Stop::Length)

@@ -144,7 +144,7 @@ fn completions_end_where_they_are_told_to() {
     let first = |token| tokens.iter().position(|&t| t == token).unwrap();
     let eos = end(&Ends { eos: vec![tokens[4]], text: None });
     assert_eq!((eos.stop, eos.index, &eos.tokens[..]), (Stop::Eos, 3, &tokens[..first(tokens[4])]));
-    let text = end(&Ends { eos: Vec::new(), text: Some(&|new: &[u32]| new.len() == 7) });
+    let text = end(&Ends { eos: Vec::new(), text: Some(&|index, new: &[u32]| index == 3 && new.len() == 7) });
     assert_eq!((text.stop, &text.tokens[..]), (Stop::Text, &tokens[..7]));
 }
 

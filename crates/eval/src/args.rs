@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use backend::Backend;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use hub::DataRequest;
 
+use crate::judge::JudgeArgs;
+use crate::mixeval::items::Split;
 use crate::sampling::SamplingArgs;
 
 /// Sample from language models and measure them.
-#[derive(Debug, Parser)]
+#[derive(Debug, clap::Parser)]
 #[command(name = "eval", version)]
 pub struct Cli {
     /// What to do.
@@ -26,6 +28,15 @@ pub enum Command {
     /// Preference metrics of a model on held-out pairs, against a reference.
     #[command(after_help = PAIRS_EXAMPLES, args_override_self = true)]
     Pairs(PairsArgs),
+    /// Answers to MixEval or MixEval-Hard, scored by rules or by a judge.
+    #[command(after_help = MIXEVAL_EXAMPLES, args_override_self = true)]
+    Mixeval(MixevalArgs),
+    /// Which of several continuations a model finds most likely, as lm-evaluation-harness scores multiple choice.
+    #[command(after_help = CHOICES_EXAMPLES, args_override_self = true)]
+    Choices(ChoicesArgs),
+    /// Two runs on the same items, item by item; or two files of answers, by a judge.
+    #[command(after_help = COMPARE_EXAMPLES, args_override_self = true)]
+    Compare(CompareArgs),
     /// How contrastive, long, repetitive and biased a preference set is, perhaps beside a second one.
     #[command(after_help = DATA_EXAMPLES, args_override_self = true)]
     Data(DataArgs),
@@ -40,6 +51,23 @@ Examples:
 const PAIRS_EXAMPLES: &str = "\
 Examples:
   eval pairs --model runs/apo --reference models/base --dataset heldout/ --out runs/apo/eval";
+
+const MIXEVAL_EXAMPLES: &str = "\
+Examples:
+  eval mixeval --model runs/apo --data mixeval-2024-08-11 --out runs/apo/mixeval --parser rule
+  eval mixeval --model M --data D --out O --judge-endpoint https://api.openai.com/v1 --judge-model gpt-4o-mini
+  eval mixeval --endpoint http://localhost:8000/v1 --model NAME --data D --split full --out O --parser rule
+The data is that of github.com/Psycoy/MixEval: mix_eval/data/mixeval-<version>.";
+
+const CHOICES_EXAMPLES: &str = "\
+Examples:
+  eval choices --model M --data arc_easy.jsonl --out O
+  eval choices --model M --data openbookqa.jsonl --out O --context-template '{{ question }}'";
+
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  eval compare runs/base/mixeval runs/apo/mixeval --out runs/apo/against-base
+  eval compare base.jsonl apo.jsonl --out O --judge-endpoint https://api.openai.com/v1 --judge-model gpt-4o-mini";
 
 const DATA_EXAMPLES: &str = "\
 Examples:
@@ -136,6 +164,109 @@ pub struct PairsArgs {
     /// The day that chat templates are told (some write it into the prompt) [default: today].
     #[arg(long, value_name = "YYYY-MM-DD")]
     pub template_date: Option<jiff::civil::Date>,
+}
+
+/// How answers are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Parser {
+    /// By rules.
+    Rule,
+    /// By a judge.
+    Judge,
+}
+
+/// Flags of `mixeval`.
+#[derive(Debug, Clone, Args)]
+pub struct MixevalArgs {
+    /// Model directory or Hub id; with --endpoint the name of the served model [default there: its only one].
+    #[arg(long, value_name = "DIR|ID|NAME", required_unless_present = "endpoint")]
+    pub model: Option<String>,
+    /// A release of MixEval's data: a directory with mixeval-hard/ and mixeval/, or one of these.
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Which set.
+    #[arg(long, value_enum, default_value = "hard")]
+    pub split: Split,
+    /// Directory for score.json, summary.json, items.jsonl, answers.jsonl and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How answers are read [default: by the judge where one is given, or else by rules].
+    #[arg(long, value_enum)]
+    pub parser: Option<Parser>,
+    /// The judge.
+    #[command(flatten)]
+    pub judge: JudgeArgs,
+    /// Put five examples before each question and have the text continued, as for models without a chat template.
+    #[arg(long)]
+    pub base_model: bool,
+    /// Examples for base models instead of our own: free-form.txt and multiple-choice.txt.
+    #[arg(long, value_name = "DIR", requires = "base_model")]
+    pub few_shot: Option<PathBuf>,
+    /// System message before each question.
+    #[arg(long, value_name = "TEXT")]
+    pub system_prompt: Option<String>,
+    /// Most new tokens of an answer [default: 512, for base models 399].
+    #[arg(long)]
+    pub max_new_tokens: Option<usize>,
+    /// Tokens of all sequences that run together [default: 8192, in bfloat16 16384].
+    #[arg(long, value_name = "N", conflicts_with = "endpoint")]
+    pub batch_tokens: Option<usize>,
+    /// Chat template instead of the model's: `simple`, `chatml`, or a file.
+    #[arg(long, value_name = "simple|chatml|FILE", conflicts_with = "endpoint")]
+    pub chat_template: Option<String>,
+    /// The day that chat templates are told (some write it into the prompt) [default: today].
+    #[arg(long, value_name = "YYYY-MM-DD", conflicts_with = "endpoint")]
+    pub template_date: Option<jiff::civil::Date>,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Base URL of an OpenAI-compatible server instead of a local model.
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// Environment variable that holds the server's key.
+    #[arg(long, value_name = "VAR", requires = "endpoint")]
+    pub api_key_env: Option<String>,
+    /// Requests at a time [default: 32].
+    #[arg(long, value_name = "N", requires = "endpoint")]
+    pub max_in_flight: Option<usize>,
+}
+
+/// Flags of `choices`.
+#[derive(Debug, Clone, Args)]
+pub struct ChoicesArgs {
+    /// Model directory or Hub id.
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: String,
+    /// Rows with `question`, `choices` and `answer` (index, letter, label or text).
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Directory for summary.json, items.jsonl and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// What stands before a choice and a space, minijinja with `question` and `choices` [default: the word Question and
+    /// the question, and on the next line the word Answer, each with a colon].
+    #[arg(long, value_name = "TEMPLATE")]
+    pub context_template: Option<String>,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Flags of `compare`.
+#[derive(Debug, Clone, Args)]
+pub struct CompareArgs {
+    /// Directory of `mixeval`, `choices` or `pairs`, or a file of `sample`.
+    #[arg(value_name = "RUN_A")]
+    pub run_a: PathBuf,
+    /// The same of another model, on the same items.
+    #[arg(value_name = "RUN_B")]
+    pub run_b: PathBuf,
+    /// Directory for compare.json, items.jsonl and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// A judge of which answers are better, asked in both orders.
+    #[command(flatten)]
+    pub judge: JudgeArgs,
 }
 
 /// Flags that say where a model computes, and in what.

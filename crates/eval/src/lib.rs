@@ -1,12 +1,16 @@
-//! Samples from models and measures them: `sample`, `pairs` and `data`.
+//! Samples from models and measures them: `sample`, `pairs`, `mixeval`, `choices`, `compare` and `data`.
 //!
 //! Never depends on the trainer: a model is what its directory holds.
 
 pub mod args;
 pub mod bootstrap;
+pub mod choices;
+pub mod compare;
 pub mod data;
 pub mod histogram;
+pub mod judge;
 pub mod local;
+pub mod mixeval;
 pub mod models;
 pub mod pairs;
 pub mod report;

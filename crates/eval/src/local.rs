@@ -1,5 +1,6 @@
 //! Answers of a local model.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
@@ -39,6 +40,8 @@ pub struct Question {
     pub prompt: Vec<u32>,
     /// New tokens at most.
     pub max_new_tokens: usize,
+    /// The answer ends before this, where there is something before it.
+    pub stop: Option<String>,
 }
 
 /// One answer.
@@ -100,6 +103,13 @@ impl Local {
         Ok(ids)
     }
 
+    /// Token ids of plain text that is to be continued.
+    pub fn text(&self, text: &str, new: usize, id: &str) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode_text(text).with_context(|| format!("prompt {id}"))?;
+        check(&self.model, &ids, new, id)?;
+        Ok(ids)
+    }
+
     /// Answers all questions, in any order; `done` gets each answer, `tell` each step and the answers so far. An
     /// interrupt ends it early.
     pub fn answer(
@@ -117,14 +127,21 @@ impl Local {
         let room = batch_tokens.unwrap_or(usual).min(all).max(longest);
         let Self { model, tokenizer, sampling, eos, narrow, .. } = self;
         let seed = sampling.seed.unwrap_or(0).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let own: HashMap<usize, String> =
+            questions.iter().filter_map(|q| Some((q.index, q.stop.clone()?))).collect();
         let requests = questions.into_iter().map(|q| Request {
             seed: seed.wrapping_add(q.index as u64),
             index: q.index,
             prompt: q.prompt,
             max_new_tokens: q.max_new_tokens,
         });
-        let is_end = |tokens: &[u32]| ends(&tokenizer, tokens, &sampling.stop);
-        let ends = Ends { eos, text: (!sampling.stop.is_empty()).then_some(&is_end) };
+        let is_end = |index: usize, tokens: &[u32]| {
+            let own = own.get(&index).map(|stop| (tokens, stop.as_str()));
+            ends(&tokenizer, tokens, &sampling.stop)
+                || own.is_some_and(|(all, stop)| is_over(&tokenizer, all, stop))
+        };
+        let looks = !sampling.stop.is_empty() || !own.is_empty();
+        let ends = Ends { eos, text: looks.then_some(&is_end) };
         let failure = std::cell::RefCell::new(None);
         let store = |completion: Completion| {
             let answer = tokenizer.decode(&completion.tokens).map_err(anyhow::Error::from);
@@ -154,6 +171,15 @@ fn ends(tokenizer: &Tokenizer, tokens: &[u32], stops: &[String]) -> bool {
     let longest = stops.iter().map(String::len).max().unwrap_or(0) + 8;
     let text = tokenizer.decode(&tokens[tokens.len().saturating_sub(longest)..]).unwrap_or_default();
     stops.iter().any(|stop| text.contains(stop.as_str()))
+}
+
+/// The text ends with `stop` and has something before it.
+fn is_over(tokenizer: &Tokenizer, tokens: &[u32], stop: &str) -> bool {
+    if !ends(tokenizer, tokens, &[stop.to_string()]) {
+        return false;
+    }
+    let text = tokenizer.decode(tokens).unwrap_or_default();
+    text.split_once(stop).is_some_and(|(before, _)| before.contains(char::is_alphanumeric))
 }
 
 fn before(mut text: String, stops: &[String]) -> String {

@@ -9,9 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use eval::args::{Cli, Command, SampleArgs};
+use eval::args::{Cli, Command, MixevalArgs, SampleArgs};
 use eval::sample::{INTERRUPTED, Outcome};
-use eval::{data, pairs, sample, served};
+use eval::{choices, compare, data, mixeval, pairs, sample};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[global_allocator]
@@ -25,7 +25,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let cli = Cli::parse();
-    if let Command::Sample(SampleArgs { endpoint: Some(_), device, .. }) = &cli.command
+    if let Command::Sample(SampleArgs { endpoint: Some(_), device, .. })
+    | Command::Mixeval(MixevalArgs { endpoint: Some(_), device, .. }) = &cli.command
         && device.is_given()
     {
         let reason =
@@ -66,6 +67,32 @@ fn run(command: &Command) -> Result<ExitCode> {
                 Ok(ExitCode::from(130))
             }
         },
+        Command::Mixeval(args) => {
+            let progress = Progress::new();
+            let told = mixeval::run(args, |done, all, tokens| progress.tell(done, all, tokens))?;
+            let Ok(table) = told else {
+                eprintln!("interrupted: what is done is saved; run the same command to go on");
+                return Ok(ExitCode::from(130));
+            };
+            writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Choices(args) => {
+            let table = choices::run(args, |text| eprintln!("{text}"))?;
+            writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Compare(args) => {
+            let Some(table) = compare::run(args)? else {
+                eprintln!("interrupted: judgements are saved; run the same command to go on");
+                return Ok(ExitCode::from(130));
+            };
+            writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Pairs(args) => {
             let table = pairs::run(args, |text| eprintln!("{text}"))?;
             writeln!(std::io::stdout(), "{table}").context("stdout")?;
@@ -83,13 +110,7 @@ fn run(command: &Command) -> Result<ExitCode> {
 
 fn answer(args: &SampleArgs) -> Result<Outcome> {
     let progress = Progress::new();
-    let Some(endpoint) = &args.endpoint else {
-        return sample::run(args, |done, all, tokens| progress.tell(done, all, tokens));
-    };
-    // Only fails when a provider is there already.
-    rustls::crypto::ring::default_provider().install_default().ok();
-    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    runtime.block_on(served::run(args, endpoint, |done, all| progress.tell(done, all, 0)))
+    sample::run(args, |done, all, tokens| progress.tell(done, all, tokens))
 }
 
 /// A bar on a terminal, a line every few seconds elsewhere.

@@ -1,7 +1,10 @@
 //! The table on stdout and the HTML report.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use minijinja::{Environment, context, value::Serde};
+use pref_data::write_atomic;
 use serde_json::Value;
 
 use crate::histogram::histogram;
@@ -22,6 +25,34 @@ pub fn table(score: &Score) -> String {
     }
     lines.push(format!("{} pairs of {} ({})", score.pairs, score.dataset, score.split));
     lines.join("\n")
+}
+
+/// Pages of reports.
+#[derive(Debug, Clone, Copy)]
+pub enum Page {
+    /// Of `choices`.
+    Choices,
+    /// Of `compare`.
+    Compare,
+    /// Of `mixeval`.
+    Mixeval,
+}
+
+/// Writes a self-contained page.
+pub fn write_page(path: &Path, page: Page, values: &Value) -> Result<()> {
+    let mut environment = Environment::new();
+    environment
+        .add_template("page.html", include_str!("templates/page.html.j2"))
+        .context("the template parses")?;
+    let source = match page {
+        Page::Choices => include_str!("templates/choices.html.j2"),
+        Page::Compare => include_str!("templates/compare.html.j2"),
+        Page::Mixeval => include_str!("templates/mixeval.html.j2"),
+    };
+    environment.add_template("report.html", source).context("the template parses")?;
+    let values = minijinja::Value::from(Serde(values));
+    let html = environment.get_template("report.html")?.render(values).context("the report renders")?;
+    Ok(write_atomic(path, |out| out.write_all(html.as_bytes()))?)
 }
 
 /// A self-contained page.

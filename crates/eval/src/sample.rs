@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::args::{SampleArgs, template_time};
 use crate::local::{Answer, Local, Question};
 use crate::sampling::SamplingArgs;
+use crate::served;
 
 /// Set by Ctrl-C.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -43,6 +44,10 @@ pub struct Prompt {
     pub messages: Vec<Message>,
     /// The whole row.
     pub row: Value,
+    /// Plain text to be continued instead of the conversation.
+    pub text: Option<String>,
+    /// An answer ends before this, where there is something before it.
+    pub stop: Option<String>,
 }
 
 /// Reads rows with `prompt` (text or messages).
@@ -67,7 +72,7 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
             if !seen.insert(id.clone()) {
                 bail!("{}: the id {id:?} stands twice; ids must be unique", place());
             }
-            Ok(Prompt { id, messages, row })
+            Ok(Prompt { id, messages, row, text: None, stop: None })
         })
         .collect()
 }
@@ -219,10 +224,32 @@ pub fn repeated(prompts: Vec<Prompt>, samples: usize) -> Vec<Prompt> {
     all.collect()
 }
 
-/// Answers prompts with a local model. `tell` gets `(answers, all, new tokens)`.
-pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
+/// Answers a file of prompts. `tell` gets `(answers, all, new tokens)`.
+pub fn run(args: &SampleArgs, tell: impl FnMut(usize, usize, usize)) -> Result<Outcome> {
     check(args)?;
-    let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
+    run_on(args, read_prompts(&args.prompts)?, tell)
+}
+
+/// Answers these prompts, with a local model or a server.
+pub fn run_on(
+    args: &SampleArgs,
+    prompts: Vec<Prompt>,
+    mut tell: impl FnMut(usize, usize, usize),
+) -> Result<Outcome> {
+    check(args)?;
+    let prompts = repeated(prompts, args.samples);
+    let Some(endpoint) = &args.endpoint else { return locally(args, &prompts, tell) };
+    // Only fails when a provider is there already.
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    runtime.block_on(served::run(args, endpoint, &prompts, |done, all| tell(done, all, 0)))
+}
+
+fn locally(
+    args: &SampleArgs,
+    prompts: &[Prompt],
+    mut tell: impl FnMut(usize, usize, usize),
+) -> Result<Outcome> {
     let now = template_time(args.template_date);
     let local = Local::open(&args.model, &args.device, &args.sampling, args.chat_template.as_deref(), now)?;
     let mut settings = json!({
@@ -232,11 +259,15 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
     settings["local"] = local.record()?;
     check_samples(args, local.sampling())?;
     let mut questions = Vec::new();
-    for (index, Prompt { id, messages, .. }) in prompts.iter().enumerate() {
-        let prompt = local.prompt(messages, args.max_new_tokens, id)?;
-        questions.push(Question { index, id: id.clone(), prompt, max_new_tokens: args.max_new_tokens });
+    for (index, Prompt { id, messages, text, stop, .. }) in prompts.iter().enumerate() {
+        let prompt = match text {
+            Some(text) => local.text(text, args.max_new_tokens, id)?,
+            None => local.prompt(messages, args.max_new_tokens, id)?,
+        };
+        let (id, stop) = (id.clone(), stop.clone());
+        questions.push(Question { index, id, prompt, max_new_tokens: args.max_new_tokens, stop });
     }
-    let mut answers = Answers::open(&args.out, &settings, &prompts, args.samples)?;
+    let mut answers = Answers::open(&args.out, &settings, prompts, args.samples)?;
     questions.retain(|question| !answers.has(&question.id));
     let mut total = Progress::default();
     let started = std::time::Instant::now();
@@ -268,7 +299,7 @@ pub fn run(args: &SampleArgs, mut tell: impl FnMut(usize, usize, usize)) -> Resu
         total.read,
         total.shared
     ));
-    finish(answers, &prompts)
+    finish(answers, prompts)
 }
 
 /// A line for the user.

@@ -6,20 +6,42 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::sample::tell_line;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use chat_client::{ChatMessage, ChatRequest, Client, InFlight, ReplyStore, Settings, api_key};
 use pref_data::Message;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::args::SampleArgs;
-use crate::sample::{Answers, INTERRUPTED, Outcome, check, finish, read_prompts, repeated};
+use crate::sample::{Answers, INTERRUPTED, Outcome, Prompt, finish};
+
+/// The name of the only model that a server has.
+pub fn only_model(endpoint: &str, key_variable: Option<&str>) -> Result<String> {
+    let url = format!("{}/models", endpoint.trim_end_matches('/'));
+    let mut request = ureq::get(&url);
+    if let Some(key) = api_key(key_variable, endpoint)? {
+        request = request.header("authorization", format!("Bearer {}", key.expose_secret()));
+    }
+    let hint = || format!("{url}: cannot tell which model to ask; give its name with --model");
+    let text = request.call().and_then(|mut reply| reply.body_mut().read_to_string()).with_context(hint)?;
+    let list: Value = serde_json::from_str(&text).with_context(hint)?;
+    let names: Vec<&str> =
+        list["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str()).collect();
+    match names[..] {
+        [name] => Ok(name.to_string()),
+        _ => bail!("{url} names {} models; give one of them with --model: {}", names.len(), names.join(", ")),
+    }
+}
 
 /// Answers prompts with a server; every reply is stored beside the output. `tell` gets `(answers, all)`.
-pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, usize)) -> Result<Outcome> {
-    check(args)?;
+pub async fn run(
+    args: &SampleArgs,
+    endpoint: &str,
+    prompts: &[Prompt],
+    mut tell: impl FnMut(usize, usize),
+) -> Result<Outcome> {
     let sampling = &args.sampling;
-    let prompts = repeated(read_prompts(&args.prompts)?, args.samples);
     let settings = json!({
         "endpoint": endpoint, "model": args.model, "max_new_tokens": args.max_new_tokens,
         "sampling": sampling.record(), "samples": args.samples,
@@ -38,7 +60,7 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
         ..Settings::to(endpoint, api_key(args.api_key_env.as_deref(), endpoint)?)
     };
     let client = Arc::new(Client::new(settings_of_client, store)?);
-    let mut answers = Answers::open(&args.out, &settings, &prompts, args.samples)?;
+    let mut answers = Answers::open(&args.out, &settings, prompts, args.samples)?;
     let mut tasks = JoinSet::new();
     for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !answers.has(&prompt.id)) {
         let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
@@ -101,6 +123,6 @@ pub async fn run(args: &SampleArgs, endpoint: &str, mut tell: impl FnMut(usize, 
             answers.len(),
             prompts.len()
         ))),
-        None => finish(answers, &prompts),
+        None => finish(answers, prompts),
     }
 }

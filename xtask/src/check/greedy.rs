@@ -8,7 +8,8 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::cargo::{must, root};
+use crate::backends::Build;
+use crate::cargo::{build_with, root};
 use crate::report;
 
 /// Two implementations in 32 bits differ by less than this in a logit: beyond it their tokens must be equal.
@@ -29,6 +30,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let model = model.context("give --model DIR")?;
     let prompts = prompts.context("give --prompts FILE: rows with `prompt`")?;
     let venv = venv.context("give --transformers VENV")?;
+    let binary = build_with("eval", &Build::of(&["flex"])?)?;
     let dir = env::temp_dir().join(format!("check-greedy-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
     let ids = dir.join("ids.jsonl");
@@ -37,7 +39,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let theirs: Value = serde_json::from_str(theirs.lines().last().context("no result")?)?;
     let mut same = true;
     for (name, batch) in [("alone", "1"), ("together", "65536")] {
-        let ours = ours(&model, &prompts, new, batch, &dir)?;
+        let ours = ours(&binary, [&model, &prompts], new, batch, &dir)?;
         same &= compare(name, &ours, &theirs)?;
     }
     fs::remove_dir_all(&dir).ok();
@@ -56,14 +58,21 @@ fn python(venv: &Path, args: &[PathBuf]) -> Result<String> {
 }
 
 /// The token ids of our answers, in the order of the prompts.
-fn ours(model: &Path, prompts: &Path, new: usize, batch: &str, dir: &Path) -> Result<Vec<Value>> {
-    let out = dir.join(format!("ours-{batch}.jsonl")).display().to_string();
-    let (model, prompts) = (model.display().to_string(), prompts.display().to_string());
-    let new = new.to_string();
-    let flags = ["--model", &model, "--prompts", &prompts, "--out", &out, "--max-new-tokens", &new];
-    let more = ["--ignore-eos", "--token-ids", "--batch-tokens", batch];
-    let all: Vec<String> = [&["sample"], &flags[..], &more].concat().into_iter().map(String::from).collect();
-    must("eval", &all)?;
+fn ours(
+    binary: &Path,
+    [model, prompts]: [&Path; 2],
+    new: usize,
+    batch: &str,
+    dir: &Path,
+) -> Result<Vec<Value>> {
+    let out = dir.join(format!("ours-{batch}.jsonl"));
+    let mut command = Command::new(binary);
+    command.arg("sample").arg("--model").arg(model).arg("--prompts").arg(prompts).arg("--out").arg(&out);
+    command.args(["--max-new-tokens", &new.to_string(), "--batch-tokens", batch]);
+    command.args(["--ignore-eos", "--token-ids", "--backend", "flex", "--dtype", "float32"]);
+    if !command.status().context("cannot run eval")?.success() {
+        bail!("eval sample failed");
+    }
     let text = fs::read_to_string(out)?;
     text.lines().map(|line| Ok(serde_json::from_str::<Value>(line)?["token_ids"].clone())).collect()
 }
