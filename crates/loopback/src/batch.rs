@@ -122,7 +122,7 @@ impl State {
             let (status, body) = if fails {
                 (500, json!({"error": {"message": "oops"}}))
             } else {
-                (200, completion(&said(&item["body"], shared.behaviour.words)))
+                (200, completion(&said(&item["body"], shared.behaviour.words, &shared.script)))
             };
             let mut counts = shared.counts();
             *counts.kinds.entry(if fails { "batch_error" } else { "good" }.into()).or_default() += 1;

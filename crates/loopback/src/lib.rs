@@ -10,6 +10,7 @@ mod serve;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +21,7 @@ pub use faults::Fault;
 
 use batch::Batches;
 use limits::Limits;
+use replies::Line;
 
 /// How the server behaves.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -39,6 +41,10 @@ pub struct Behaviour {
     /// Words that are added to each reply.
     #[arg(long, default_value_t = 0)]
     pub words: usize,
+    /// Lines of `{"contains": text, "reply": text}`: a request with such a text gets that reply, of the first line that
+    /// fits.
+    #[arg(long)]
+    pub replies: Option<PathBuf>,
     /// Every request is refused for its key.
     #[arg(long)]
     pub unauthorized: bool,
@@ -84,6 +90,7 @@ pub(crate) struct Shared {
     pub(crate) behaviour: Behaviour,
     pub(crate) counts: Mutex<Counts>,
     pub(crate) limits: Limits,
+    pub(crate) script: Vec<Line>,
     pub(crate) batches: Batches,
     pub(crate) number: AtomicUsize,
     pub(crate) in_flight: AtomicUsize,
@@ -113,10 +120,12 @@ impl Server {
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let limits = Limits::new(behaviour.rpm, behaviour.tpm);
+        let script = behaviour.replies.as_deref().map(replies::script).transpose()?.unwrap_or_default();
         let shared = Arc::new(Shared {
             behaviour,
             counts: Mutex::default(),
             limits,
+            script,
             batches: Batches::default(),
             number: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),

@@ -1,5 +1,10 @@
 //! What the model says: it depends on the request alone.
 
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// A reply's parts.
@@ -11,8 +16,21 @@ pub struct Said {
     pub completion_tokens: usize,
 }
 
+/// A reply that is given beforehand.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Line {
+    contains: String,
+    reply: String,
+}
+
+/// Reads a file of such lines.
+pub fn script(path: &Path) -> Result<Vec<Line>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    text.lines().map(|line| serde_json::from_str(line).with_context(|| path.display().to_string())).collect()
+}
+
 /// The reply to a request's body.
-pub fn said(request: &Value, words: usize) -> Said {
+pub fn said(request: &Value, words: usize, script: &[Line]) -> Said {
     let messages = request["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
     let all: Vec<&str> = messages.iter().filter_map(|message| message["content"].as_str()).collect();
     let content = all.join("\n\n");
@@ -23,7 +41,10 @@ pub fn said(request: &Value, words: usize) -> Said {
     };
     let task = part("task").unwrap_or_default();
     let is_json = !request["response_format"].is_null();
-    let (text, finish) = if let (Some(a), Some(b)) = (part("answer_a"), part("answer_b")) {
+    let scripted = script.iter().find(|line| content.contains(&line.contains));
+    let (text, finish) = if let Some(line) = scripted {
+        (line.reply.clone(), "stop")
+    } else if let (Some(a), Some(b)) = (part("answer_a"), part("answer_b")) {
         let worth = |text: &str| text.matches("improved").count();
         let verdict = match worth(&a).cmp(&worth(&b)) {
             std::cmp::Ordering::Greater => "A",

@@ -46,6 +46,9 @@ async fn answer(request: Request<Incoming>, shared: Arc<Shared>) -> Result<Answe
     let path = parts.uri.path().trim_start_matches("/v1").to_string();
     let query = parts.uri.query().unwrap_or_default();
     Ok(match (parts.method, path.as_str()) {
+        (Method::GET, "/models") => {
+            json_answer(200, &json!({"object": "list", "data": [{"id": "loopback"}]}))
+        }
         (Method::GET, "/stats") => {
             let counts = shared.counts();
             json_answer(
@@ -97,7 +100,7 @@ async fn chat(body: &Bytes, shared: &Shared, is_anthropic: bool) -> Answer {
         count("no_schema");
         return status(400, "response_format is not supported");
     }
-    let said = said(&request, behaviour.words);
+    let said = said(&request, behaviour.words, &shared.script);
     let decision = shared.limits.take((said.prompt_tokens + said.completion_tokens) as f64);
     if !decision.passes {
         count("limited");
