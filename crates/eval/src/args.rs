@@ -25,7 +25,7 @@ pub enum Command {
     /// Answer a file of prompts with a local model, or with a server.
     #[command(after_help = SAMPLE_EXAMPLES, args_override_self = true)]
     Sample(SampleArgs),
-    /// Preference metrics of a model on held-out pairs, against a reference.
+    /// Preference metrics of a model on held-out pairs or labelled completions, against a reference.
     #[command(after_help = PAIRS_EXAMPLES, args_override_self = true)]
     Pairs(PairsArgs),
     /// Answers to MixEval or MixEval-Hard, scored by rules or by a judge.
@@ -50,7 +50,8 @@ Examples:
 
 const PAIRS_EXAMPLES: &str = "\
 Examples:
-  eval pairs --model runs/apo --reference models/base --dataset heldout/ --out runs/apo/eval";
+  eval pairs --model runs/apo --reference models/base --dataset heldout/ --out runs/apo/eval
+  eval pairs --model runs/apo --reference models/base --dataset heldout/ --out runs/apo/eval --checkpoints";
 
 const MIXEVAL_EXAMPLES: &str = "\
 Examples:
@@ -143,6 +144,9 @@ pub struct PairsArgs {
     /// Directory for score.json, rows.jsonl and report.html.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Measure every checkpoint-N of the run in --model too, and show how likelihoods went.
+    #[arg(long)]
+    pub checkpoints: bool,
     /// Factor of the rewards.
     #[arg(long, requires = "reference")]
     pub beta: Option<f64>,

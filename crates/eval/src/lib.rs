@@ -4,6 +4,7 @@
 
 pub mod args;
 pub mod bootstrap;
+mod chart;
 pub mod choices;
 pub mod compare;
 pub mod data;

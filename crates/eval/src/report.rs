@@ -3,11 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use minijinja::{Environment, context, value::Serde};
+use minijinja::{Environment, value::Serde};
 use pref_data::write_atomic;
 use serde_json::Value;
 
-use crate::histogram::histogram;
 use crate::pairs::Score;
 
 /// The metrics as aligned text.
@@ -23,7 +22,8 @@ pub fn table(score: &Score) -> String {
             number(metric.model.mean)
         ));
     }
-    lines.push(format!("{} pairs of {} ({})", score.pairs, score.dataset, score.split));
+    let kind = if score.unpaired { "completions" } else { "pairs" };
+    lines.push(format!("{} {kind} of {} ({})", score.pairs, score.dataset, score.split));
     lines.join("\n")
 }
 
@@ -36,11 +36,15 @@ pub enum Page {
     Compare,
     /// Of `mixeval`.
     Mixeval,
+    /// Of `pairs`.
+    Pairs,
 }
 
 /// Writes a self-contained page.
 pub fn write_page(path: &Path, page: Page, values: &Value) -> Result<()> {
     let mut environment = Environment::new();
+    // Pictures are made by this program and have no foreign text but the names of lines.
+    environment.add_filter("picture", minijinja::Value::from_safe_string);
     environment
         .add_template("page.html", include_str!("templates/page.html.j2"))
         .context("the template parses")?;
@@ -48,24 +52,10 @@ pub fn write_page(path: &Path, page: Page, values: &Value) -> Result<()> {
         Page::Choices => include_str!("templates/choices.html.j2"),
         Page::Compare => include_str!("templates/compare.html.j2"),
         Page::Mixeval => include_str!("templates/mixeval.html.j2"),
+        Page::Pairs => include_str!("templates/pairs.html.j2"),
     };
     environment.add_template("report.html", source).context("the template parses")?;
     let values = minijinja::Value::from(Serde(values));
     let html = environment.get_template("report.html")?.render(values).context("the report renders")?;
     Ok(write_atomic(path, |out| out.write_all(html.as_bytes()))?)
-}
-
-/// A self-contained page.
-pub fn html(score: &Score, rows: &[Value]) -> Result<String> {
-    let mut environment = Environment::new();
-    environment
-        .add_template("report.html", include_str!("templates/pairs.html.j2"))
-        .context("the template parses")?;
-    let margins: Vec<f64> = rows.iter().filter_map(|row| row["rewards"]["margin"].as_f64()).collect();
-    let values = context! {
-        score => minijinja::Value::from(Serde(score)),
-        rows => minijinja::Value::from(Serde(rows)),
-        bars => minijinja::Value::from(Serde(histogram(&margins))),
-    };
-    environment.get_template("report.html")?.render(values).context("the report renders")
 }

@@ -149,6 +149,115 @@ fn scores_are_the_peers() {
     assert!((mean("rejected") + 479.735_962).abs() < 5e-3, "{}", mean("rejected"));
 }
 
+/// A model of the fixtures with the weights that TRL's run ended with.
+fn trained(dir: &Path, run: &str) -> PathBuf {
+    let model = dir.join(run);
+    fs::create_dir(&model).unwrap();
+    for file in fs::read_dir(fixtures().join("models/tiny-qwen2")).unwrap() {
+        let path = file.unwrap().path();
+        fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let weights = fixtures().join(format!("trajectories/tiny-qwen2-{run}.final.safetensors"));
+    fs::copy(weights, model.join("model.safetensors")).unwrap();
+    model
+}
+
+/// What TRL's evaluation at the end of its run says of the same weights and rows.
+#[test]
+fn metrics_of_pairs_and_of_labelled_completions_are_trls_evaluation() {
+    let dir = tempfile::tempdir().unwrap();
+    for (run, data, is_paired) in [
+        ("apo_zero", "clair_mini_noprompt", true),
+        ("apo_down", "clair_mini_noprompt", true),
+        ("kto-kto", "clair_mini_kto", false),
+    ] {
+        let (model, out) = (trained(dir.path(), run), dir.path().join(format!("{run}-out")));
+        let data = fixtures().join("data").join(data);
+        let output = Command::new(env!("CARGO_BIN_EXE_eval"))
+            .args(["pairs", "--max-length", "1024", "--model"])
+            .arg(&model)
+            .arg("--reference")
+            .arg(fixtures().join("models/tiny-qwen2"))
+            .arg("--dataset")
+            .arg(data)
+            .arg("--out")
+            .arg(&out)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{run}: {}", stderr(&output));
+        let text = fs::read_to_string(out.join("score.json")).unwrap();
+        let score: Value = serde_json::from_str(&text).unwrap();
+        let text =
+            fs::read_to_string(fixtures().join(format!("trajectories/tiny-qwen2-{run}.json"))).unwrap();
+        let log: Value = serde_json::from_str(&text).unwrap();
+        let rows = rows(&out.join("rows.jsonl"));
+        let ours = |name: &str| {
+            let all = score["metrics"].as_array().unwrap();
+            let metric = all.iter().find(|metric| metric["name"] == name).unwrap();
+            if is_paired { metric["model"]["mean"].as_f64().unwrap() } else { mean_of_batches(&rows, name) }
+        };
+        let paired = ["rewards/margins", "rewards/accuracies"];
+        let names = ["rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"];
+        for name in names.iter().chain(if is_paired { &paired[..] } else { &[] }) {
+            let want = log["eval_log"][0][format!("eval_{name}")].as_f64().unwrap();
+            let allowed = if name.starts_with("logps") { 5e-2 } else { 1e-3 };
+            assert!((ours(name) - want).abs() < allowed, "{run}, {name}: {} {want}", ours(name));
+        }
+    }
+}
+
+/// TRL's KTO trainer takes means over batches of four rows, which hold different numbers of each label.
+fn mean_of_batches(rows: &[Value], name: &str) -> f64 {
+    let label = name.ends_with("/chosen");
+    let column = if name.starts_with("rewards") { "reward" } else { "logps" };
+    let batch = |rows: &[Value]| {
+        let values: Vec<f64> = rows
+            .iter()
+            .filter(|row| row["label"] == label)
+            .map(|row| row[column].as_f64().unwrap())
+            .collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    };
+    let means: Vec<f64> = rows.chunks(4).filter_map(batch).collect();
+    means.iter().sum::<f64>() / means.len() as f64
+}
+
+#[test]
+fn checkpoints_of_a_run_show_how_it_went() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = trained(dir.path(), "apo_zero");
+    let base = fixtures().join("models/tiny-qwen2");
+    for (step, from) in [(4, &base), (12, &run)] {
+        let checkpoint = run.join(format!("checkpoint-{step}"));
+        fs::create_dir(&checkpoint).unwrap();
+        for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+            fs::copy(from.join(file), checkpoint.join(file)).unwrap();
+        }
+    }
+    fs::write(run.join("train_log.jsonl"), "{\"step\": 1, \"loss\": 1.0}\n{\"step\": 2, \"loss\": 0.5}\n")
+        .unwrap();
+    let data = fixtures().join("data/clair_mini");
+    let pairs = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eval"));
+        command.arg("pairs").arg("--model").arg(&run).arg("--dataset").arg(&data);
+        command.arg("--out").arg(dir.path().join("out")).args(more).output().unwrap()
+    };
+    assert!(stderr(&pairs(&["--checkpoints"])).contains("it needs --reference"));
+    let output = pairs(&["--checkpoints", "--reference", base.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = fs::read_to_string(dir.path().join("out/score.json")).unwrap();
+    let score: Value = serde_json::from_str(&text).unwrap();
+    let points = score["trajectory"].as_array().unwrap();
+    let steps: Vec<u64> = points.iter().map(|point| point["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 4, 12]);
+    assert_eq!((&points[0]["accuracy"], &points[1]["rewards_chosen"]), (&json!(0.0), &json!(0.0)));
+    assert_eq!(points[2]["rewards_chosen"], score["metrics"][2]["model"]["mean"]);
+    let moved = &score["movement"];
+    assert!(moved["winner_up"].as_f64().unwrap() > 0.9, "APO-zero raises winners: {moved}");
+    let page = fs::read_to_string(dir.path().join("out/report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 5 && page.contains("held-out log-likelihood"));
+}
+
 fn eval_data(dir: &Path, args: &[&str]) -> Output {
     let mut eval = Command::new(env!("CARGO_BIN_EXE_eval"));
     eval.current_dir(dir).arg("data").args(args).output().unwrap()

@@ -1,4 +1,9 @@
-//! `eval pairs`: held-out preference metrics.
+//! `eval pairs`: held-out preference metrics, of pairs or of completions with labels.
+
+mod analysis;
+mod curves;
+mod metrics;
+mod trajectory;
 
 use std::fs;
 use std::path::Path;
@@ -12,11 +17,14 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::{PairsArgs, template_time};
-use crate::bootstrap::{Estimate, mean};
+use crate::histogram::histogram;
 use crate::models::{Model, Target};
 use crate::report;
 use crate::sample::INTERRUPTED;
 use crate::score::{PairScore, score};
+pub use analysis::{Calibration, LengthBias, Movement};
+pub use metrics::Metric;
+pub use trajectory::Point;
 
 /// TRL's default.
 const BETA: f64 = 0.1;
@@ -40,21 +48,18 @@ pub struct Score {
     pub dropped: usize,
     /// Pairs of which a completion was cut.
     pub truncated: usize,
+    /// Completions with labels instead of pairs.
+    pub unpaired: bool,
+    /// How likelihoods moved from the reference.
+    pub movement: Option<Movement>,
+    /// Whether rewards follow lengths.
+    pub length_bias: Option<LengthBias>,
+    /// Whether margins are probabilities.
+    pub calibration: Option<Calibration>,
+    /// Means at every checkpoint, the reference first.
+    pub trajectory: Vec<Point>,
     /// Metrics with 95 % bootstrap intervals, in the order of the printed table.
     pub metrics: Vec<Metric>,
-}
-
-/// One line of the table.
-#[derive(Debug, Serialize)]
-pub struct Metric {
-    /// Name, TRL's where it has one.
-    pub name: &'static str,
-    /// What it says.
-    pub meaning: &'static str,
-    /// Value for the reference, where there is one.
-    pub reference: Option<f64>,
-    /// Value for the model.
-    pub model: Estimate,
 }
 
 /// Runs the command; returns the table for stdout.
@@ -67,6 +72,10 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let tokenizer =
         Tokenizer::load(model.tokenizer_dir(), template.as_deref(), template_time(args.template_date))?;
     let (split, data) = load(args, &hub, &tokenizer, &tell)?;
+    if args.checkpoints && (reference.is_none() || data.is_unpaired()) {
+        bail!("--checkpoints shows rewards of pairs: it needs --reference, and pairs");
+    }
+    let checkpoints = if args.checkpoints { trajectory::checkpoints(&model.dir)? } else { Vec::new() };
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
     let target = Target::open(&args.device, &tell)?;
     let scored = |found: &Model| -> Result<Vec<PairScore>> {
@@ -89,10 +98,25 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         }
         Ok(scores)
     };
+    let directory = model.dir.clone();
     let model = scored(&model)?;
     let reference = reference.as_ref().map(scored).transpose()?;
     let beta = args.beta.unwrap_or(BETA);
-    let metrics = metrics(&model, reference.as_deref(), beta);
+    let unpaired = data.is_unpaired();
+    let metrics = if unpaired {
+        metrics::of_rows(&data, &model, reference.as_deref(), beta)
+    } else {
+        metrics::of_pairs(&model, reference.as_deref(), beta)
+    };
+    let paired = reference.as_deref().filter(|_| !unpaired);
+    let mut points = Vec::new();
+    if let Some(reference) = paired.filter(|_| args.checkpoints) {
+        points.push(trajectory::point(0, reference, reference, beta));
+        for (step, dir) in &checkpoints {
+            let found = find(&dir.display().to_string())?;
+            points.push(trajectory::point(*step, &scored(&found)?, reference, beta));
+        }
+    }
     let result = Score {
         model: args.model.clone(),
         reference: args.reference.clone(),
@@ -102,12 +126,23 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         pairs: data.len(),
         dropped: data.dropped,
         truncated: data.truncated,
+        unpaired,
+        movement: paired.map(|reference| analysis::movement(&model, reference)),
+        length_bias: paired.map(|reference| analysis::length_bias(&model, reference, beta)),
+        calibration: paired.map(|reference| analysis::calibration(&model, reference, beta)),
+        trajectory: points,
         metrics,
     };
-    let rows = rows(&data, &model, reference.as_deref(), beta);
+    let rows = metrics::rows(&data, &model, reference.as_deref(), beta);
     write_jsonl(&args.out.join("rows.jsonl"), &rows)?;
-    let html = report::html(&result, &rows)?;
-    write_atomic(&args.out.join("report.html"), |out| out.write_all(html.as_bytes()))?;
+    let margins: Vec<f64> = rows.iter().filter_map(|row| row["rewards"]["margin"].as_f64()).collect();
+    let run = fs::read_to_string(directory.join("run.json")).ok();
+    let run: Option<Value> = run.and_then(|text| serde_json::from_str(&text).ok());
+    let page = json!({
+        "score": result, "rows": rows, "bars": histogram(&margins), "run": run,
+        "held_out": curves::held_out(&result.trajectory)?, "learning": curves::learning(&directory)?,
+    });
+    report::write_page(&args.out.join("report.html"), report::Page::Pairs, &page)?;
     let text = serde_json::to_string_pretty(&result)?;
     write_atomic(&args.out.join("score.json"), |out| out.write_all(text.as_bytes()))?;
     Ok(report::table(&result))
@@ -126,9 +161,6 @@ fn load(
     let split = args.split.as_deref().or_else(|| splits.held_out()).unwrap_or("train");
     let cache = args.token_cache_dir.clone().unwrap_or_else(|| default_cache_dir("tokens"));
     let tokens = request.tokens(&splits, split, tokenizer, &cache, tell)?;
-    if tokens.set.is_unpaired() {
-        bail!("{}: holds completions with labels; pairs (chosen and rejected) are needed", args.dataset);
-    }
     let data = Dataset::whole(tokens.set, Some(args.max_length));
     if data.is_empty() {
         bail!("{}: every prompt reaches --max-length {}; raise it", args.dataset, args.max_length);
@@ -146,57 +178,4 @@ fn check_fit(data: &Dataset, model: &Decoder, dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Rewards `β · (log π - log π_ref)` of a pair.
-fn rewards(model: &PairScore, reference: &PairScore, beta: f64) -> [f64; 2] {
-    [0, 1].map(|i| beta * (model.logps[i] - reference.logps[i]))
-}
-
-fn metrics(model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Metric> {
-    let mut all = Vec::new();
-    let mut push = |name, meaning, reference: Option<f64>, values: Vec<f64>| {
-        if let Some(model) = mean(&values) {
-            all.push(Metric { name, meaning, reference, model });
-        }
-    };
-    let average = |scores: &[PairScore], f: &dyn Fn(&PairScore) -> f64| {
-        scores.iter().map(f).sum::<f64>() / scores.len() as f64
-    };
-    if let Some(reference) = reference {
-        let pairs: Vec<[f64; 2]> = model.iter().zip(reference).map(|(m, r)| rewards(m, r, beta)).collect();
-        let of = |f: fn(&[f64; 2]) -> f64| pairs.iter().map(f).collect::<Vec<_>>();
-        let hit = |p: &[f64; 2]| f64::from(u8::from(p[0] > p[1]));
-        push("rewards/accuracies", "the winner's reward is above the loser's", Some(0.0), of(hit));
-        push("rewards/margins", "winner's reward minus loser's", Some(0.0), of(|p| p[0] - p[1]));
-        push("rewards/chosen", "winner's reward", Some(0.0), of(|p| p[0]));
-        push("rewards/rejected", "loser's reward", Some(0.0), of(|p| p[1]));
-    }
-    let mut likelihood = |name, meaning, f: &dyn Fn(&PairScore) -> f64| {
-        push(name, meaning, reference.map(|r| average(r, f)), model.iter().map(f).collect());
-    };
-    likelihood("logps/chosen", "log-likelihood of the winner", &|s| s.logps[0]);
-    likelihood("logps/rejected", "log-likelihood of the loser", &|s| s.logps[1]);
-    likelihood("logps/chosen per token", "the same a token", &|s| s.logps[0] / s.tokens[0].max(1) as f64);
-    likelihood("logps/rejected per token", "the same a token", &|s| s.logps[1] / s.tokens[1].max(1) as f64);
-    let prefers = |s: &PairScore| f64::from(u8::from(s.logps[0] > s.logps[1]));
-    likelihood("likelihood accuracy", "the winner is more likely than the loser", &prefers);
-    all
-}
-
-fn rows(data: &Dataset, model: &[PairScore], reference: Option<&[PairScore]>, beta: f64) -> Vec<Value> {
-    let row = |(i, (row, score)): (usize, (pref_data::PreparedRow, &PairScore))| {
-        let mut value = json!({
-            "id": row.id,
-            "logps": {"chosen": score.logps[0], "rejected": score.logps[1]},
-            "tokens": {"chosen": score.tokens[0], "rejected": score.tokens[1]},
-        });
-        if let Some(reference) = reference.map(|all| &all[i]) {
-            let [chosen, rejected] = rewards(score, reference, beta);
-            value["ref_logps"] = json!({"chosen": reference.logps[0], "rejected": reference.logps[1]});
-            value["rewards"] = json!({"chosen": chosen, "rejected": rejected, "margin": chosen - rejected});
-        }
-        value
-    };
-    data.iter().zip(model).enumerate().map(row).collect()
 }
