@@ -37,6 +37,9 @@ pub enum Command {
     /// Two runs on the same items, item by item; or two files of answers, by a judge.
     #[command(after_help = COMPARE_EXAMPLES, args_override_self = true)]
     Compare(CompareArgs),
+    /// Which anchor of APO fits a preference set and a model: apo_zero or apo_down.
+    #[command(after_help = RECOMMEND_EXAMPLES, args_override_self = true)]
+    Recommend(RecommendArgs),
     /// How contrastive, long, repetitive and biased a preference set is, perhaps beside a second one.
     #[command(after_help = DATA_EXAMPLES, args_override_self = true)]
     Data(DataArgs),
@@ -69,6 +72,11 @@ const COMPARE_EXAMPLES: &str = "\
 Examples:
   eval compare runs/base/mixeval runs/apo/mixeval --out runs/apo/against-base
   eval compare base.jsonl apo.jsonl --out O --judge-endpoint https://api.openai.com/v1 --judge-model gpt-4o-mini";
+
+const RECOMMEND_EXAMPLES: &str = "\
+Examples:
+  eval recommend --dataset pairs/ --model M --out O --judge-endpoint https://api.openai.com/v1 --judge-model gpt-4o-mini
+  eval recommend --dataset pairs/ --scores scores.jsonl --out O";
 
 const DATA_EXAMPLES: &str = "\
 Examples:
@@ -271,6 +279,47 @@ pub struct CompareArgs {
     /// A judge of which answers are better, asked in both orders.
     #[command(flatten)]
     pub judge: JudgeArgs,
+}
+
+/// Flags of `recommend`.
+#[derive(Debug, Clone, Args)]
+pub struct RecommendArgs {
+    /// Preference set: a file, a pattern, a directory, or a Hub id.
+    #[arg(long, value_name = "D")]
+    pub dataset: String,
+    /// Which split [default: train].
+    #[arg(long, value_name = "NAME", conflicts_with = "scores")]
+    pub split: Option<String>,
+    /// How to read the data set.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// The model that is to be trained; its own answers are compared with the set's winners.
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// Pairs to compare, spread evenly over the set [default: 200].
+    #[arg(long, value_name = "N")]
+    pub rows: Option<usize>,
+    /// Most new tokens of an answer.
+    #[arg(long, default_value_t = 512)]
+    pub max_new_tokens: usize,
+    /// Directory for recommend.json, rows.jsonl and report.html.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The judge, asked in both orders.
+    #[command(flatten)]
+    pub judge: JudgeArgs,
+    /// Instead of model and judge: rows with `own_score` and `chosen_score` of a reward model.
+    #[arg(long, value_name = "FILE")]
+    pub scores: Option<PathBuf>,
+    /// Chat template instead of the model's: `simple`, `chatml`, or a file.
+    #[arg(long, value_name = "simple|chatml|FILE")]
+    pub chat_template: Option<String>,
+    /// The day that chat templates are told (some write it into the prompt) [default: today].
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub template_date: Option<jiff::civil::Date>,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// Flags that say where a model computes, and in what.

@@ -140,7 +140,7 @@ impl Judge {
             match verdict {
                 Ok(verdict) => all[i] = verdict,
                 // The others that are under way are still stored.
-                Err(error) => drop(failure.get_or_insert(error)),
+                Err(error) => failure = failure.or(Some(error)),
             }
             done += usize::from(all[i].is_some());
             tell(done);

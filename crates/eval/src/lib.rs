@@ -1,4 +1,5 @@
-//! Samples from models and measures them: `sample`, `pairs`, `mixeval`, `choices`, `compare` and `data`.
+//! Samples from models and measures them: `sample`, `pairs`, `mixeval`, `choices`, `compare`,
+//! `recommend` and `data`.
 //!
 //! Never depends on the trainer: a model is what its directory holds.
 
@@ -14,6 +15,7 @@ pub mod local;
 pub mod mixeval;
 pub mod models;
 pub mod pairs;
+pub mod recommend;
 pub mod report;
 pub mod sample;
 pub mod sampling;

@@ -11,7 +11,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use eval::args::{Cli, Command, MixevalArgs, SampleArgs};
 use eval::sample::{INTERRUPTED, Outcome};
-use eval::{choices, compare, data, mixeval, pairs, sample};
+use eval::{choices, compare, data, mixeval, pairs, recommend, sample};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[global_allocator]
@@ -90,6 +90,17 @@ fn run(command: &Command) -> Result<ExitCode> {
                 return Ok(ExitCode::from(130));
             };
             writeln!(std::io::stdout(), "{table}").context("stdout")?;
+            eprintln!("report: {}", args.out.join("report.html").display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Recommend(args) => {
+            let progress = Progress::new();
+            let told = recommend::run(args, |done, all, tokens| progress.tell(done, all, tokens))?;
+            let Some(words) = told else {
+                eprintln!("interrupted: what is done is saved; run the same command to go on");
+                return Ok(ExitCode::from(130));
+            };
+            writeln!(std::io::stdout(), "{words}").context("stdout")?;
             eprintln!("report: {}", args.out.join("report.html").display());
             Ok(ExitCode::SUCCESS)
         }

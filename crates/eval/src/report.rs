@@ -38,6 +38,8 @@ pub enum Page {
     Mixeval,
     /// Of `pairs`.
     Pairs,
+    /// Of `recommend`.
+    Recommend,
 }
 
 /// Writes a self-contained page.
@@ -53,6 +55,7 @@ pub fn write_page(path: &Path, page: Page, values: &Value) -> Result<()> {
         Page::Compare => include_str!("templates/compare.html.j2"),
         Page::Mixeval => include_str!("templates/mixeval.html.j2"),
         Page::Pairs => include_str!("templates/pairs.html.j2"),
+        Page::Recommend => include_str!("templates/recommend.html.j2"),
     };
     environment.add_template("report.html", source).context("the template parses")?;
     let values = minijinja::Value::from(Serde(values));

@@ -256,6 +256,51 @@ fn answers_are_compared_by_a_judge_in_both_orders() {
     assert!(table.contains("B wins 0.6250"), "{table}");
 }
 
+#[test]
+fn the_anchor_that_fits_is_told_by_who_writes_better() {
+    let dir = tempfile::tempdir().unwrap();
+    let data =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/data/clair_mini").display().to_string();
+    let tiny = model("tiny-qwen2");
+    let flags = [
+        "recommend",
+        "--dataset",
+        &data,
+        "--model",
+        &tiny,
+        "--out",
+        "o",
+        "--rows",
+        "40",
+        "--max-new-tokens",
+        "4",
+    ];
+    refused(dir.path(), &flags, "give --judge-endpoint");
+    fs::write(dir.path().join("tie.jsonl"), r#"{"contains": "", "reply": "[[tie]]"}"#).unwrap();
+    let replies = Some(dir.path().join("tie.jsonl"));
+    let server = Server::start(Behaviour { replies, ..Behaviour::default() }).unwrap();
+    let url = server.url();
+    let judged = [&flags[..], &["--judge-endpoint", &url, "--judge-model", "j"]].concat();
+    let said = done(dir.path(), &judged);
+    assert!(said.starts_with("no recommendation\nWARNING"), "{said}");
+    assert_eq!((server.total(), lines(dir.path().join("o/rows.jsonl")).len()), (80, 40));
+    assert!(done(dir.path(), &judged).contains("40 pairs"));
+    assert_eq!(server.total(), 80, "nothing is asked twice");
+    // By scores of a reward model.
+    for (own, want) in [(1.0, "--loss-type apo_zero"), (3.0, "--loss-type apo_down")] {
+        let row = |i: usize| json!({"id": i, "own_score": own, "chosen_score": 2.0}).to_string();
+        fs::write(dir.path().join("s.jsonl"), (0..50).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let said = done(dir.path(), &["recommend", "--dataset", &data, "--scores", "s.jsonl", "--out", "s"]);
+        assert!(said.starts_with(want), "{said}");
+        assert!(fs::read_to_string(dir.path().join("s/report.html")).unwrap().contains(want));
+    }
+    refused(
+        dir.path(),
+        &["recommend", "--dataset", &data, "--scores", "s.jsonl", "--out", "s", "--rows", "5"],
+        "no effect",
+    );
+}
+
 /// Log-likelihoods by transformers 5.23 in float32 (`fixtures/make/choices.py`).
 #[test]
 fn choices_have_the_likelihoods_that_transformers_gives() {

@@ -19,6 +19,7 @@ use crate::report::{Page, write_page};
 use runs::{Pair, Run, Shape};
 use statistics::sign_test;
 use winrate::WinRate;
+pub use winrate::preferences;
 
 /// A comparison, `compare.json`.
 #[derive(Debug, Serialize)]
