@@ -42,6 +42,8 @@ pub enum Stop {
     Text,
     /// The token limit was reached.
     Length,
+    /// The model gave logits that are no numbers.
+    NotFinite,
 }
 
 /// A finished completion.
@@ -88,6 +90,7 @@ struct Active {
     pages: Vec<u32>,
     history: History,
     rng: ChaCha8Rng,
+    is_broken: bool,
 }
 
 impl Active {
@@ -203,6 +206,7 @@ impl Generator {
                 pages: room.pages,
                 history: History::of(&request.prompt, &self.sampling),
                 rng: ChaCha8Rng::seed_from_u64(request.seed),
+                is_broken: false,
                 request,
             });
         }
@@ -263,6 +267,7 @@ impl Generator {
         let vocab = self.model.config().vocab;
         chosen.into_par_iter().zip(logits.par_chunks_exact(vocab)).for_each(|(sequence, logits)| {
             let next = self.sampling.choose(logits, &sequence.history, &mut sequence.rng);
+            sequence.is_broken = !logits[next as usize].is_finite();
             sequence.history.add(next);
             sequence.tokens.push(next);
         });
@@ -271,6 +276,9 @@ impl Generator {
 
 /// Why a sequence that has just got a token ends, if it does; an end-of-sequence token is taken away again.
 fn end(sequence: &mut Active, ends: &Ends) -> Option<Stop> {
+    if sequence.is_broken {
+        return Some(Stop::NotFinite);
+    }
     let last = sequence.tokens.last().expect("a token was added");
     if ends.eos.contains(last) {
         sequence.tokens.pop();

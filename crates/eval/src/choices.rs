@@ -10,13 +10,13 @@ use anyhow::{Context, Result, bail};
 use decoder::{Batch, Decoder};
 use fused_ops::Segments;
 use hub::Hub;
-use minijinja::{Environment, context, value::Serde};
+use minijinja::{Environment, UndefinedBehavior, context, value::Serde};
 use pref_data::{Tokenizer, read_jsonl, row_id, write_atomic, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::{ChoicesArgs, template_time};
-use crate::bootstrap::{Estimate, mean};
+use crate::bootstrap::{Estimate, clustered};
 use crate::models::{Model, Target};
 use crate::report::{Page, write_page};
 use crate::sample::INTERRUPTED;
@@ -60,7 +60,8 @@ pub fn run(args: &ChoicesArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let tokenizer = Tokenizer::load(found.tokenizer_dir(), None, template_time(None))?;
     let model = found.load(&Target::open(&args.device, &tell)?)?;
     fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let environment = Environment::new();
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
     let (mut rows, mut hits, mut norm_hits) = (Vec::new(), Vec::new(), Vec::new());
     for (i, question) in questions.iter().enumerate() {
         if INTERRUPTED.load(Ordering::Relaxed) {
@@ -77,7 +78,7 @@ pub fn run(args: &ChoicesArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         hits.push(hit(picked));
         norm_hits.push(hit(picked_norm));
         rows.push(json!({
-            "id": question.id, "cluster": question.id, "benchmark": "choices", "score": hit(picked_norm),
+            "id": question.id, "cluster": cluster(question), "benchmark": "choices", "score": hit(picked_norm),
             "acc": hit(picked), "acc_norm": hit(picked_norm), "question": context,
             "response": question.choices[picked_norm], "target": question.choices[question.answer],
             "choices": question.choices, "loglikelihoods": sums,
@@ -86,14 +87,16 @@ pub fn run(args: &ChoicesArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
             tell(&format!("{}/{} questions", i + 1, questions.len()));
         }
     }
+    let clusters: Vec<String> = questions.iter().map(cluster).collect();
+    let names: Vec<&str> = clusters.iter().map(String::as_str).collect();
     let chance = questions.iter().map(|q| 1.0 / q.choices.len() as f64).sum::<f64>() / questions.len() as f64;
     let summary = Summary {
         model: args.model.clone(),
         data: args.data.display().to_string(),
         context: template.into(),
         questions: questions.len(),
-        acc: mean(&hits).context("no questions")?,
-        acc_norm: mean(&norm_hits).context("no questions")?,
+        acc: clustered(&hits, &names).context("no questions")?,
+        acc_norm: clustered(&norm_hits, &names).context("no questions")?,
         chance,
         version: env!("CARGO_PKG_VERSION").into(),
     };
@@ -126,7 +129,12 @@ fn read(path: &Path) -> Result<Vec<Question>> {
     let question = |(number, (line, row)): (usize, (usize, Value))| {
         question(number, &row).with_context(|| format!("{}:{line}", path.display()))
     };
-    rows.into_iter().enumerate().map(question).collect()
+    let all = rows.into_iter().enumerate().map(question).collect::<Result<Vec<_>>>()?;
+    let mut seen = std::collections::HashSet::new();
+    if let Some(twice) = all.iter().find(|question| !seen.insert(question.id.as_str())) {
+        bail!("{}: the id {:?} stands twice; ids must be unique", path.display(), twice.id);
+    }
+    Ok(all)
 }
 
 fn question(number: usize, row: &Value) -> Result<Question> {
@@ -140,8 +148,8 @@ fn question(number: usize, row: &Value) -> Result<Question> {
         .filter(|choices| choices.len() > 1)
         .context("\"choices\" is no list of at least two texts")?;
     let labels = texts(&row["choices"]["label"]);
-    let answer = ["answer", "answerKey", "label"].into_iter().find_map(|name| row.get(name));
-    let answer = answer.context("no \"answer\"")?;
+    let mut given = ["answer", "answerKey", "label"].into_iter().filter_map(|name| row.get(name));
+    let answer = given.find(|value| !value.is_null()).context("no \"answer\"")?;
     let by_text = |text: &str| {
         let label = labels.as_ref().and_then(|labels| labels.iter().position(|label| label == text));
         let letter = || (0..choices.len()).find(|&i| text.len() == 1 && text.as_bytes()[0] == b'A' + i as u8);
@@ -152,9 +160,15 @@ fn question(number: usize, row: &Value) -> Result<Question> {
         Value::String(text) => by_text(text),
         _ => None,
     };
-    let answer = index.filter(|&index| index < choices.len());
-    let answer = answer.with_context(|| format!("the answer {} is none of the choices", row["answer"]))?;
+    let index = index.filter(|&index| index < choices.len());
+    let answer = index.with_context(|| format!("the answer {answer} is none of the choices"))?;
     Ok(Question { id, text, choices, answer })
+}
+
+/// The same for the same question.
+fn cluster(question: &Question) -> String {
+    let whole = json!([question.text, question.choices]).to_string();
+    blake3::hash(whole.as_bytes()).to_hex()[..16].to_string()
 }
 
 /// Index of the largest value, the first of equal ones.
@@ -170,14 +184,24 @@ fn log_likelihoods(
     context: &str,
     choices: &[String],
 ) -> Result<Vec<f64>> {
-    let before = tokenizer.encode_text(context)?;
+    // Spaces at the end of the context belong to the continuation.
+    let bare = context.trim_end();
+    let gap = format!("{} ", &context[bare.len()..]);
+    let before = tokenizer.encode_text(bare)?;
     let mut batch = Batch { tokens: before.clone(), ..Batch::default() };
     batch.positions.extend(0..before.len() as u32);
     let (mut targets, mut owners, mut tails) = (Vec::new(), Vec::new(), Vec::new());
     for (choice, text) in choices.iter().enumerate() {
-        let whole = tokenizer.encode_text(&format!("{context} {text}"))?;
+        let whole = tokenizer.encode_text(&format!("{bare}{gap}{text}"))?;
         if before.is_empty() || whole.len() <= before.len() {
             bail!("choice {choice} has no tokens of its own after the context");
+        }
+        let most = model.config().longest();
+        if whole.len() > most {
+            bail!(
+                "choice {choice}: {} tokens with its context, but the model has {most} positions",
+                whole.len()
+            );
         }
         model.check_sequence(&whole, whole.len()).map_err(anyhow::Error::msg)?;
         let tail = &whole[before.len()..];
@@ -217,6 +241,8 @@ mod tests {
         let arc =
             json!({"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"});
         assert_eq!(answer(arc).unwrap(), 1);
+        let empty = json!({"question": "q", "choices": choices, "answer": null, "answerKey": "E"});
+        assert!(answer(empty).unwrap_err().to_string().contains("the answer \"E\""));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use chat_client::{
-    ChatMessage, ChatRequest, Client, InFlight, Prices, ReplyStore, Settings, Source, Usage, api_key,
+    ChatMessage, ChatRequest, Client, Closed, InFlight, Prices, ReplyStore, Settings, Source, Usage, api_key,
 };
 use clap::Args;
 use futures_util::StreamExt;
@@ -31,8 +31,8 @@ pub struct JudgeArgs {
     #[arg(long, value_name = "VAR", requires = "judge_endpoint")]
     pub judge_api_key_env: Option<String>,
     /// Requests of the judge at a time [default: as many as the server takes well].
-    #[arg(long, value_name = "N", requires = "judge_endpoint")]
-    pub judge_max_in_flight: Option<usize>,
+    #[arg(long, value_name = "N", requires = "judge_endpoint", value_parser = clap::value_parser!(u32).range(1..))]
+    pub judge_max_in_flight: Option<u32>,
     /// Dollars that judging may cost at most; the judge's price must be known.
     #[arg(long, value_name = "USD", requires = "judge_endpoint")]
     pub max_cost: Option<f64>,
@@ -70,9 +70,11 @@ impl std::ops::AddAssign for Took {
 pub struct Verdict<T> {
     /// What it said, where it could be read.
     pub read: Option<T>,
-    /// Its last words, or why there are none.
+    /// Its last words.
     pub text: String,
     took: Took,
+    /// The request failed: nothing was said.
+    failed: Option<String>,
 }
 
 /// A judge.
@@ -99,13 +101,15 @@ impl Judge {
             tell_line(&format!("WARNING: the last reply was cut off by a crash ({} bytes)", found.torn));
         }
         let settings = Settings {
-            in_flight: args.judge_max_in_flight.map_or_else(InFlight::default, InFlight::fixed),
+            in_flight: args
+                .judge_max_in_flight
+                .map_or_else(InFlight::default, |n| InFlight::fixed(n as usize)),
             prices: price.map(|price| (model.clone(), price)).into_iter().collect(),
             max_cost: args.max_cost,
             ..Settings::to(endpoint, api_key(args.judge_api_key_env.as_deref(), endpoint)?)
         };
         let client = Arc::new(Client::new(settings, store)?);
-        let together = args.judge_max_in_flight.unwrap_or(512);
+        let together = args.judge_max_in_flight.map_or(512, |n| n as usize);
         Ok(Some(Self { client, model: model.clone(), together }))
     }
 
@@ -115,14 +119,13 @@ impl Judge {
         &self,
         questions: Vec<Vec<ChatMessage>>,
         form: &str,
-        parse: &(impl Fn(&str) -> Option<T> + Sync),
+        parse: &(impl Fn(usize, &str) -> Option<T> + Sync),
         mut tell: impl FnMut(usize),
     ) -> Result<Option<(Vec<Verdict<T>>, Took)>> {
         let count = questions.len();
-        let asked = questions
-            .into_iter()
-            .enumerate()
-            .map(|(i, messages)| async move { (i, self.ask(messages, form, parse).await) });
+        let asked = questions.into_iter().enumerate().map(|(i, messages)| async move {
+            (i, self.ask(messages, form, &|reply| parse(i, reply)).await)
+        });
         let mut asked = futures_util::stream::iter(asked).buffer_unordered(self.together);
         let mut all: Vec<Option<Verdict<T>>> = (0..count).map(|_| None).collect();
         let (mut done, mut failure) = (0, None);
@@ -142,11 +145,27 @@ impl Judge {
                 // The others that are under way are still stored.
                 Err(error) => failure = failure.or(Some(error)),
             }
-            done += usize::from(all[i].is_some());
-            tell(done);
+            if all[i].as_ref().is_some_and(|verdict| verdict.failed.is_none()) {
+                done += 1;
+                tell(done);
+            }
         }
         if let Some(error) = failure {
             return Err(error);
+        }
+        let failed: Vec<&String> =
+            all.iter().flatten().filter_map(|verdict| verdict.failed.as_ref()).collect();
+        if let Some(first) = failed.first() {
+            anyhow::bail!(
+                "{} of {count} judgements failed: {first}; the others are stored: run again to ask for these",
+                failed.len()
+            );
+        }
+        if self.client.closed() == Closed::Cost {
+            anyhow::bail!(
+                "--max-cost is reached: ${:.4} are spent and {done} of {count} judgements are stored; run again with more",
+                self.client.counts().spent.unwrap_or(0.0)
+            );
         }
         let Some(all) = all.into_iter().collect::<Option<Vec<_>>>() else { return Ok(None) };
         let mut took = Took::default();
@@ -166,7 +185,7 @@ impl Judge {
         form: &str,
         parse: &(impl Fn(&str) -> Option<T> + Sync),
     ) -> Result<Option<Verdict<T>>> {
-        let mut verdict = Verdict { read: None, text: String::new(), took: Took::default() };
+        let mut verdict = Verdict { read: None, text: String::new(), took: Took::default(), failed: None };
         for attempt in 0..=REMINDERS {
             let request = ChatRequest {
                 model: self.model.clone(),
@@ -183,7 +202,7 @@ impl Judge {
                     return Err(anyhow::Error::new(error)).context("the judge cannot be asked");
                 }
                 Err(error) => {
-                    verdict.text = error.to_string();
+                    verdict.failed = Some(error.to_string());
                     return Ok(Some(verdict));
                 }
             };

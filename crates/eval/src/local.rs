@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail};
 use decoder::{Completion, Decoder, Ends, Generator, Progress, Request, Stop, eos_ids};
 use hub::Hub;
 use jiff::civil::DateTime;
-use pref_data::{Extras, Message, Tokenizer, read_chat_template};
+use pref_data::{Extras, Tokenizer, read_chat_template};
 use serde_json::{Value, json};
 
 use crate::args::DeviceArgs;
 use crate::models::{Model, Target};
-use crate::sample::{INTERRUPTED, tell_line};
+use crate::sample::{INTERRUPTED, Prompt, tell_line};
 use crate::sampling::SamplingArgs;
 
 /// Tokens of all sequences that run together, where nothing else is said: twice as many where each takes half.
@@ -27,6 +27,9 @@ pub struct Local {
     sampling: SamplingArgs,
     eos: Vec<u32>,
     narrow: bool,
+    backend: String,
+    /// The day that the chat template writes into prompts, where it does.
+    day: Option<String>,
 }
 
 /// One question.
@@ -66,12 +69,11 @@ impl Local {
         chat_template: Option<&str>,
         now: DateTime,
     ) -> Result<Self> {
-        sampling.check()?;
+        sampling.check_ranges()?;
         let found = Model::find(&Hub::from_env(), name, &|line| tell_line(line))?;
         let template = chat_template.map(read_chat_template).transpose()?;
         let tokenizer = Tokenizer::load(found.tokenizer_dir(), template.as_deref(), now)?;
         let sampling = sampling.with_defaults_of(found.config_dir())?;
-        sampling.check()?;
         let target = Target::to_generate(device, &|line| tell_line(line))?;
         let model = found.load(&target)?;
         let mut eos = eos_ids(found.config_dir())?;
@@ -79,14 +81,16 @@ impl Local {
         if sampling.ignore_eos {
             eos.clear();
         }
-        Ok(Self { found, model, tokenizer, sampling, eos, narrow: device.is_narrow() })
+        let day = tokenizer.asks_for_date().then(|| now.date().to_string());
+        let backend = device.backend().name().to_string();
+        Ok(Self { found, model, tokenizer, sampling, eos, narrow: device.is_narrow(), backend, day })
     }
 
     /// What answers depend on, to be recorded beside them.
     pub fn record(&self) -> Result<Value> {
         Ok(json!({
             "weights": self.found.hash()?, "chat_template": self.tokenizer.template_text(),
-            "sampling": self.sampling.record(), "dtype": if self.narrow { "bfloat16" } else { "float32" },
+            "sampling": self.sampling.record(), "template_date": self.day, "backend": self.backend, "dtype": if self.narrow { "bfloat16" } else { "float32" },
         }))
     }
 
@@ -95,19 +99,38 @@ impl Local {
         &self.sampling
     }
 
-    /// Token ids of a conversation that asks for an answer; an error where it and the answer are too long.
-    pub fn prompt(&self, messages: &[Message], new: usize, id: &str) -> Result<Vec<u32>> {
-        let ids = self.tokenizer.encode_chat_prompt(messages, &Extras::default());
-        let ids = ids.with_context(|| format!("prompt {id}"))?;
-        check(&self.model, &ids, new, id)?;
+    /// Token ids of a prompt.
+    pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let ids = match &prompt.text {
+            Some(text) => self.tokenizer.encode_text(text),
+            None => self.tokenizer.encode_chat_prompt(&prompt.messages, &Extras::default()),
+        };
+        let ids = ids.with_context(|| format!("prompt {}", prompt.id))?;
+        if ids.is_empty() {
+            bail!("prompt {}: has no tokens", prompt.id);
+        }
         Ok(ids)
     }
 
-    /// Token ids of plain text that is to be continued.
-    pub fn text(&self, text: &str, new: usize, id: &str) -> Result<Vec<u32>> {
-        let ids = self.tokenizer.encode_text(text).with_context(|| format!("prompt {id}"))?;
-        check(&self.model, &ids, new, id)?;
-        Ok(ids)
+    /// Tokens of prompt and answer that the model takes.
+    pub fn longest(&self) -> usize {
+        self.model.config().longest()
+    }
+
+    /// Errors where a prompt and its answer are too long, or a token is none of the model's.
+    pub fn check(&self, ids: &[u32], new: usize, id: &str) -> Result<()> {
+        let most = self.longest();
+        if ids.len() >= most {
+            bail!("prompt {id}: {} tokens, but the model has {most} positions", ids.len());
+        }
+        if ids.len().saturating_add(new) > most {
+            bail!(
+                "prompt {id}: {} tokens and {new} new ones exceed the model's {most} positions; lower --max-new-tokens",
+                ids.len()
+            );
+        }
+        let fits = self.model.check_sequence(ids, ids.len() + new);
+        fits.map_err(|reason| anyhow::anyhow!("prompt {id}: {reason}"))
     }
 
     /// Answers all questions, in any order; `done` gets each answer, `tell` each step and the answers so far. An
@@ -144,6 +167,11 @@ impl Local {
         let ends = Ends { eos, text: looks.then_some(&is_end) };
         let failure = std::cell::RefCell::new(None);
         let store = |completion: Completion| {
+            if completion.stop == Stop::NotFinite {
+                let reason = "the model's logits are no numbers: its weights or its configuration are broken";
+                failure.borrow_mut().get_or_insert(anyhow::anyhow!("{reason}"));
+                return;
+            }
             let answer = tokenizer.decode(&completion.tokens).map_err(anyhow::Error::from);
             let stored = answer.and_then(|text| {
                 done(Answer {
@@ -187,18 +215,4 @@ fn before(mut text: String, stops: &[String]) -> String {
         text.truncate(at);
     }
     text
-}
-
-fn check(model: &Decoder, ids: &[u32], new: usize, id: &str) -> Result<()> {
-    if ids.is_empty() {
-        bail!("prompt {id}: has no tokens");
-    }
-    let most = model.config().longest();
-    if ids.len().saturating_add(new) > most {
-        bail!(
-            "prompt {id}: {} tokens and {new} new ones exceed the model's {most} positions; lower --max-new-tokens",
-            ids.len()
-        );
-    }
-    model.check_sequence(ids, ids.len() + new).map_err(|reason| anyhow::anyhow!("prompt {id}: {reason}"))
 }

@@ -221,7 +221,7 @@ fn prompt(record: &Record) -> Result<Prompt> {
         bail!("record {}: has no prompt, which the two completions begin with", record.id);
     }
     let row = json!({"prompt": messages});
-    Ok(Prompt { id: record.id.clone(), messages, row, text: None, stop: None })
+    Ok(Prompt { id: record.id.clone(), messages, row, text: None, stop: None, may_be_too_long: false })
 }
 
 fn message(role: &str, content: &str) -> Message {

@@ -48,6 +48,9 @@ pub struct Prompt {
     pub text: Option<String>,
     /// An answer ends before this, where there is something before it.
     pub stop: Option<String>,
+    /// A prompt that is too long for the model has an empty answer, with `too_long` as the reason why it ended, instead
+    /// of being an error; new tokens are as many as there is room for.
+    pub may_be_too_long: bool,
 }
 
 /// Reads rows with `prompt` (text or messages).
@@ -72,7 +75,7 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
             if !seen.insert(id.clone()) {
                 bail!("{}: the id {id:?} stands twice; ids must be unique", place());
             }
-            Ok(Prompt { id, messages, row, text: None, stop: None })
+            Ok(Prompt { id, messages, row, text: None, stop: None, may_be_too_long: false })
         })
         .collect()
 }
@@ -194,7 +197,8 @@ fn together(samples: &[&Value]) -> Value {
 
 /// The rows of a prompt's samples again, where they are together.
 fn apart(row: Value, samples: usize) -> impl Iterator<Item = Value> {
-    let is_together = samples > 1 && row["responses"].is_array();
+    // A row of its own has `response`, and perhaps a list that came with its prompt.
+    let is_together = samples > 1 && row["responses"].is_array() && row.get("response").is_none();
     (0..if is_together { samples } else { 1 }).map(move |i| {
         let mut one = row.clone();
         if is_together {
@@ -259,15 +263,30 @@ fn locally(
     settings["local"] = local.record()?;
     check_samples(args, local.sampling())?;
     let mut questions = Vec::new();
-    for (index, Prompt { id, messages, text, stop, .. }) in prompts.iter().enumerate() {
-        let prompt = match text {
-            Some(text) => local.text(text, args.max_new_tokens, id)?,
-            None => local.prompt(messages, args.max_new_tokens, id)?,
-        };
-        let (id, stop) = (id.clone(), stop.clone());
-        questions.push(Question { index, id, prompt, max_new_tokens: args.max_new_tokens, stop });
+    let mut too_long = Vec::new();
+    for (index, asked) in prompts.iter().enumerate() {
+        let Prompt { id, stop, .. } = asked;
+        let prompt = local.prompt(asked)?;
+        let room = local.longest().saturating_sub(prompt.len());
+        if asked.may_be_too_long && room == 0 {
+            too_long.push(asked);
+            continue;
+        }
+        let new = if asked.may_be_too_long { args.max_new_tokens.min(room) } else { args.max_new_tokens };
+        local.check(&prompt, new, id)?;
+        questions.push(Question { index, id: id.clone(), prompt, max_new_tokens: new, stop: stop.clone() });
     }
     let mut answers = Answers::open(&args.out, &settings, prompts, args.samples)?;
+    for asked in too_long {
+        if !answers.has(&asked.id) {
+            let columns = [
+                ("response", "".into()),
+                ("finish_reason", "too_long".into()),
+                ("completion_tokens", 0.into()),
+            ];
+            answers.push(asked, columns.into())?;
+        }
+    }
     questions.retain(|question| !answers.has(&question.id));
     let mut total = Progress::default();
     let started = std::time::Instant::now();
@@ -324,11 +343,14 @@ pub fn check(args: &SampleArgs) -> Result<()> {
     if args.max_new_tokens == 0 {
         bail!("--max-new-tokens must be at least 1");
     }
+    if args.samples == 0 {
+        bail!("--samples must be at least 1");
+    }
     if args.sampling.generation_config { Ok(()) } else { check_samples(args, &args.sampling) }
 }
 
 fn check_samples(args: &SampleArgs, sampling: &SamplingArgs) -> Result<()> {
-    if args.samples == 0 || sampling.is_greedy() && args.samples > 1 {
+    if sampling.is_greedy() && args.samples > 1 {
         bail!("--samples needs --temperature above 0, or all answers to a prompt would be the same");
     }
     Ok(())

@@ -49,22 +49,43 @@ impl SamplingArgs {
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("{}: --generation-config needs it", path.display()))?;
         let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-        let draws = config["do_sample"] == Value::Bool(true);
+        let asks_to_draw = config["do_sample"] == Value::Bool(true);
         let number = |given: Option<f64>, name: &str| given.or(config[name].as_f64());
+        let temperature = match (self.temperature, asks_to_draw) {
+            (Some(temperature), _) => temperature,
+            (None, true) => config["temperature"].as_f64().unwrap_or(1.0),
+            (None, false) => 0.0,
+        };
+        let draws = temperature > 0.0;
         let drawn = |given: Option<f64>, name: &str| if draws { number(given, name) } else { given };
-        Ok(Self {
-            temperature: number(self.temperature.or((!draws).then_some(0.0)), "temperature")
-                .or(Some(f64::from(u8::from(draws)))),
+        // 0 is "all" there, and what transformers takes where nothing is said.
+        let top_k = match config["top_k"].as_u64() {
+            Some(0) => None,
+            Some(k) => Some(k as usize),
+            None => Some(50),
+        };
+        let all = Self {
+            temperature: Some(temperature),
             top_p: drawn(self.top_p, "top_p"),
-            top_k: self.top_k.or(config["top_k"].as_u64().filter(|_| draws).map(|k| k as usize)),
+            top_k: self.top_k.or(top_k.filter(|_| draws)),
             min_p: drawn(self.min_p, "min_p"),
             repetition_penalty: number(self.repetition_penalty, "repetition_penalty"),
             ..self.clone()
-        })
+        };
+        all.check_ranges().with_context(|| path.display().to_string())?;
+        self.check_effects(all.is_greedy())?;
+        Ok(all)
     }
 
     /// Errors in these flags.
     pub fn check(&self) -> Result<()> {
+        self.check_ranges()?;
+        // With the model's own settings it is not known yet.
+        if self.generation_config { Ok(()) } else { self.check_effects(self.is_greedy()) }
+    }
+
+    /// Values without sense.
+    pub fn check_ranges(&self) -> Result<()> {
         let within = |value: Option<f64>, name: &str, ok: &dyn Fn(f64) -> bool, range: &str| match value {
             Some(value) if !(value.is_finite() && ok(value)) => bail!("--{name} must be {range}"),
             _ => Ok(()),
@@ -79,13 +100,18 @@ impl SamplingArgs {
         if self.stop.iter().any(String::is_empty) {
             bail!("--stop must not be empty");
         }
+        Ok(())
+    }
+
+    /// Flags that do nothing where the most likely token is taken.
+    fn check_effects(&self, is_greedy: bool) -> Result<()> {
         let drawn = [
             ("top-p", self.top_p.is_some()),
             ("top-k", self.top_k.is_some()),
             ("min-p", self.min_p.is_some()),
             ("seed", self.seed.is_some()),
         ];
-        if let Some((name, _)) = drawn.iter().find(|(_, given)| *given && self.is_greedy()) {
+        if let Some((name, _)) = drawn.iter().find(|(_, given)| *given && is_greedy) {
             bail!("--{name} has no effect without --temperature above 0");
         }
         Ok(())
@@ -151,7 +177,14 @@ mod tests {
         // Without `do_sample` transformers takes the most likely token.
         let greedy = of(r#"{"temperature": 0.7, "top_p": 0.8}"#, SamplingArgs::default());
         assert!(greedy.is_greedy() && greedy.top_p.is_none());
-        assert!(!of(r#"{"do_sample": true}"#, SamplingArgs::default()).is_greedy());
+        let plain = of(r#"{"do_sample": true}"#, SamplingArgs::default());
+        assert_eq!((plain.temperature, plain.top_k), (Some(1.0), Some(50)));
+        // What is given decides whether tokens are drawn; 0 is no limit.
+        let drawn = SamplingArgs { temperature: Some(0.5), seed: Some(1), ..SamplingArgs::default() };
+        let drawn = of(r#"{"top_p": 0.8, "top_k": 0}"#, drawn);
+        assert_eq!((drawn.top_p, drawn.top_k), (Some(0.8), None));
+        let greedy = SamplingArgs { temperature: Some(0.0), ..SamplingArgs::default() };
+        assert_eq!(of(config, greedy).top_p, None);
     }
 
     #[test]

@@ -61,7 +61,7 @@ pub async fn run(
     };
     let client = Arc::new(Client::new(settings_of_client, store)?);
     let mut answers = Answers::open(&args.out, &settings, prompts, args.samples)?;
-    let mut tasks = JoinSet::new();
+    let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !answers.has(&prompt.id)) {
         let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
         let message = |m: &Message| -> Option<ChatMessage> {
@@ -81,10 +81,15 @@ pub async fn run(
             sample: (index % args.samples) as u32,
             ..ChatRequest::default()
         };
+        requests.push((index, request));
+    }
+    // Only now that every row is known to be good: what is under way must not be dropped.
+    let mut tasks = JoinSet::new();
+    for (index, request) in requests {
         let client = client.clone();
         tasks.spawn(async move { (index, client.complete(&request).await) });
     }
-    let mut first_error = None;
+    let mut first_error: Option<(String, anyhow::Error)> = None;
     loop {
         let joined = tokio::select! {
             joined = tasks.join_next() => joined,
@@ -105,7 +110,10 @@ pub async fn run(
                     ("finish_reason", reply.finish_reason().into()),
                     ("completion_tokens", tokens.into()),
                 ];
-                answers.push(&prompts[index], columns)?;
+                if let Err(error) = answers.push(&prompts[index], columns) {
+                    client.close();
+                    first_error.get_or_insert((prompts[index].id.clone(), error));
+                }
                 tell(answers.len(), prompts.len());
             }
             Ok(None) => {}
@@ -113,12 +121,12 @@ pub async fn run(
                 if error.is_setup() {
                     client.close();
                 }
-                first_error.get_or_insert((prompts[index].id.clone(), error));
+                first_error.get_or_insert((prompts[index].id.clone(), error.into()));
             }
         }
     }
     match first_error {
-        Some((id, error)) => Err(anyhow::Error::new(error).context(format!(
+        Some((id, error)) => Err(error.context(format!(
             "prompt {id} has no answer ({} of {} are saved; run again to go on)",
             answers.len(),
             prompts.len()

@@ -176,6 +176,55 @@ fn rules_read_answers_of_local_base_and_served_models() {
 }
 
 #[test]
+fn a_judge_that_fails_gives_no_score_and_what_was_bought_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    write_data(dir.path());
+    let (tiny, url) = (model("tiny-qwen2"), judge(dir.path()).url());
+    let failing = Server::start(Behaviour { unauthorized: true, ..Behaviour::default() }).unwrap().url();
+    let with = |url| mixeval(&tiny, "run", &["--judge-endpoint", url, "--judge-model", "judge"]);
+    refused(dir.path(), &with(&failing), "the judge cannot be asked");
+    assert!(!dir.path().join("run/score.json").exists() && dir.path().join("run/answers.jsonl").exists());
+    done(dir.path(), &with(&url));
+    assert!(dir.path().join("run/score.json").exists());
+    let none = [&with(&url)[..], &["--judge-max-in-flight", "0"]].concat();
+    refused(dir.path(), &none, "0 is not in 1..");
+}
+
+#[test]
+fn answers_to_other_questions_are_not_kept_and_those_that_are_too_long_count_as_0() {
+    let dir = tempfile::tempdir().unwrap();
+    write_data(dir.path());
+    let tiny = model("tiny-opt");
+    done(dir.path(), &mixeval(&tiny, "run", &["--parser", "rule"]));
+    refused(
+        dir.path(),
+        &mixeval(&tiny, "run", &["--parser", "rule", "--base-model"]),
+        "choose another --out",
+    );
+    let path = dir.path().join("data/mixeval-hard/free-form.json");
+    let long = json!({"0": {"prompt": "word ".repeat(3000), "target": ["x"], "benchmark_name": "Long"}});
+    fs::write(path, long.to_string()).unwrap();
+    let table = done(dir.path(), &mixeval(&tiny, "long", &["--parser", "rule"]));
+    let item = &lines(dir.path().join("long/items.jsonl"))[0];
+    assert_eq!(
+        (&item["score"], &item["problem"]),
+        (&json!(0.0), &json!("the question is longer than the model takes"))
+    );
+    assert!(table.contains("Long"), "{table}");
+    // Scores that were read in different ways are no comparison.
+    let summary = dir.path().join("long/summary.json");
+    let text = fs::read_to_string(&summary).unwrap();
+    fs::create_dir(dir.path().join("other")).unwrap();
+    fs::copy(dir.path().join("long/items.jsonl"), dir.path().join("other/items.jsonl")).unwrap();
+    fs::write(
+        dir.path().join("other/summary.json"),
+        text.replace("\"parser\": \"rule\"", "\"parser\": \"gpt\""),
+    )
+    .unwrap();
+    refused(dir.path(), &["compare", "long", "other", "--out", "o"], "answers were read \"rule\" in long");
+}
+
+#[test]
 fn flags_without_effect_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     write_data(dir.path());

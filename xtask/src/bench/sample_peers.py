@@ -15,7 +15,7 @@ import sys
 import time
 
 what, model, source = sys.argv[1:4]
-THREADS = os.cpu_count()
+THREADS = len(os.sched_getaffinity(0))
 
 
 def tokens():

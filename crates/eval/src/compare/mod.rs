@@ -70,6 +70,7 @@ pub fn run(args: &CompareArgs) -> Result<Option<String>> {
     if a.shape != b.shape {
         bail!("{} holds {}, {} holds {}: they cannot be compared", a.name, a.shape, b.name, b.shape);
     }
+    runs::check_same_kind(&args.run_a, &args.run_b)?;
     let pairs = runs::pairs(&a, &b)?;
     let judge = Judge::open(&args.judge, &args.out.join("judge"))?;
     let shape = a.shape;
@@ -161,7 +162,10 @@ fn shown(pairs: &[Pair], verdicts: &[Value]) -> Vec<Value> {
     let mut order: Vec<usize> = (0..pairs.len()).filter(|&i| !pairs[i].question.is_empty()).collect();
     let mut seen = std::collections::HashSet::new();
     order.retain(|&i| seen.insert(pairs[i].cluster.as_str()));
-    let apart = |i: usize| (pairs[i].scores[1] - pairs[i].scores[0]).abs();
+    let apart = |i: usize| match verdicts.get(i).and_then(|verdict| verdict["wins"].as_f64()) {
+        Some(wins) => (wins - 0.5).abs(),
+        None => (pairs[i].scores[1] - pairs[i].scores[0]).abs(),
+    };
     order.sort_by(|&i, &j| apart(j).total_cmp(&apart(i)));
     let row = |i: usize| {
         let pair = &pairs[i];

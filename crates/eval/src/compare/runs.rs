@@ -144,6 +144,26 @@ fn conversation(prompt: &Value) -> String {
     }
 }
 
+/// Errors where two runs were scored in different ways: their difference would be that of the ways.
+pub fn check_same_kind(a: &Path, b: &Path) -> Result<()> {
+    let summary = |run: &Path| -> Value {
+        let text = std::fs::read_to_string(run.join("summary.json")).unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
+    };
+    let (first, second) = (summary(a), summary(b));
+    for (key, what) in [
+        ("parser", "answers were read"),
+        ("split", "the set is"),
+        ("data", "the questions are"),
+        ("context", "the text before the choices is"),
+    ] {
+        if first[key] != second[key] {
+            bail!("{what} {} in {} and {} in {}", first[key], a.display(), second[key], b.display());
+        }
+    }
+    Ok(())
+}
+
 /// Items of both runs, which must be the same ones, in the order of the first.
 pub fn pairs(a: &Run, b: &Run) -> Result<Vec<Pair>> {
     if let Some(id) = b.order.iter().find(|id| !a.entries.contains_key(*id)) {

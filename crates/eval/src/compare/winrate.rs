@@ -1,5 +1,7 @@
 //! Which of two answers a judge prefers, asked in both orders.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use chat_client::ChatMessage;
 use minijinja::{Environment, context};
@@ -85,7 +87,9 @@ pub fn preferences(judge: &Judge, pairs: &[(&str, &str, &str)]) -> Result<Option
         }
     };
     let form = "[[1]], [[2]] or [[tie]]";
-    let Some((verdicts, took)) = runtime.block_on(judge.all(questions, form, &parse, tell))? else {
+    let Some((verdicts, took)) =
+        runtime.block_on(judge.all(questions, form, &|_, reply| parse(reply), tell))?
+    else {
         return Ok(None);
     };
     let both = verdicts.as_chunks::<2>().0.iter().map(|[ab, ba]| [ab.read, ba.read.map(|first| 1.0 - first)]);
@@ -99,13 +103,17 @@ pub fn ask(judge: &Judge, pairs: &[Pair]) -> Result<Option<(WinRate, Vec<Value>,
         (pair.question.as_str(), a.as_str(), b.as_str())
     });
     let Some((said, took)) = preferences(judge, &texts.collect::<Vec<_>>())? else { return Ok(None) };
-    let rows = said.iter().map(|both| json!({"b_wins": both})).collect();
+    let row = |both: &Wins| {
+        let wins = both[0].zip(both[1]).map(|(first, second)| f64::midpoint(first, second));
+        json!({"b_wins": both, "wins": wins})
+    };
+    let rows = said.iter().map(row).collect();
     Ok(Some((rate(pairs, &said)?, rows, took)))
 }
 
 fn rate(pairs: &[Pair], said: &[Wins]) -> Result<WinRate> {
     let mut by_place = 0;
-    let mut rows: Vec<(&str, f64, f64)> = Vec::new();
+    let mut rows: Vec<Won> = Vec::new();
     let mut characters = [0.0; 2];
     for (pair, both) in pairs.iter().zip(said) {
         let [Some(first), Some(second)] = *both else { continue };
@@ -118,7 +126,7 @@ fn rate(pairs: &[Pair], said: &[Wins]) -> Result<WinRate> {
     let wins: Vec<f64> = rows.iter().map(|row| row.1).collect();
     let clusters: Vec<&str> = rows.iter().map(|row| row.0).collect();
     let raw = clustered(&wins, &clusters).context("no judgement could be read")?;
-    let controlled = |rows: &[(&str, f64, f64)]| {
+    let controlled = |rows: &[Won]| {
         let lengths: Vec<f64> = rows.iter().map(|row| row.2).collect();
         sigmoid(fit(&lengths, &rows.iter().map(|row| row.1).collect::<Vec<_>>())[0])
     };
@@ -132,11 +140,19 @@ fn rate(pairs: &[Pair], said: &[Wins]) -> Result<WinRate> {
     })
 }
 
-/// An estimate of `of` by resampling rows.
-fn resampled<T: Copy>(rows: &[T], of: impl Fn(&[T]) -> f64) -> Estimate {
+/// A pair: its cluster, wins, and how much longer the second answer is.
+type Won<'a> = (&'a str, f64, f64);
+
+/// An estimate of `of` by resampling clusters of rows.
+fn resampled(rows: &[Won], of: impl Fn(&[Won]) -> f64) -> Estimate {
     let mut rng = ChaCha8Rng::seed_from_u64(20_240_806);
-    let draw = |rng: &mut ChaCha8Rng| -> Vec<T> {
-        (0..rows.len()).map(|_| rows[rng.random_range(0..rows.len())]).collect()
+    let mut clusters: BTreeMap<&str, Vec<Won>> = BTreeMap::new();
+    rows.iter().for_each(|row| clusters.entry(row.0).or_default().push(*row));
+    let clusters: Vec<Vec<Won>> = clusters.into_values().collect();
+    let draw = |rng: &mut ChaCha8Rng| -> Vec<Won> {
+        (0..clusters.len())
+            .flat_map(|_| clusters[rng.random_range(0..clusters.len())].iter().copied())
+            .collect()
     };
     let mut values: Vec<f64> = (0..500).map(|_| of(&draw(&mut rng))).collect();
     values.sort_unstable_by(f64::total_cmp);

@@ -87,6 +87,10 @@ struct Entry {
 pub fn read(dir: &Path, split: Split) -> Result<Vec<Item>> {
     let name = if split == Split::Hard { "mixeval-hard" } else { "mixeval" };
     let places = [dir.join(name), dir.to_path_buf()];
+    let other = if split == Split::Hard { "mixeval" } else { "mixeval-hard" };
+    if dir.file_name().is_some_and(|own| own == other) {
+        bail!("{}: is the other set; give --split, or the directory above", dir.display());
+    }
     let place = places.iter().find(|place| place.join("free-form.json").exists()).with_context(|| {
         format!(
             "{}: holds neither {name}/free-form.json nor free-form.json; give a release of MixEval's data, such as \

@@ -64,12 +64,17 @@ pub fn run(args: &MixevalArgs, mut tell: impl FnMut(usize, usize, usize)) -> Res
     let (distinct, of_item) = distinct(&items);
     let prompts = distinct.iter().map(|&item| prompt(item, few_shot.as_ref(), args)).collect();
     let sample = sample_args(args, &answers)?;
+    let model = sample.model.clone();
     match run_on(&sample, prompts, &mut tell)? {
         Outcome::Done { .. } => {}
         interrupted @ Outcome::Interrupted { .. } => return Ok(Err(interrupted)),
     }
     let rows: Vec<Value> = read_jsonl(&answers)?.into_iter().map(|(_, row)| row).collect();
-    let blank = |(item, row): (&&Item, &Value)| blank(item, response(item, row, args.base_model));
+    let blank = |(item, row): (&&Item, &Value)| Scored {
+        problem: (row["finish_reason"] == "too_long")
+            .then(|| "the question is longer than the model takes".into()),
+        ..blank(item, response(item, row, args.base_model))
+    };
     let mut scored: Vec<Scored> = distinct.iter().zip(&rows).map(blank).collect();
     let judge = Judge::open(&args.judge, &args.out.join("judge"))?;
     let took = match &judge {
@@ -84,7 +89,7 @@ pub fn run(args: &MixevalArgs, mut tell: impl FnMut(usize, usize, usize)) -> Res
     };
     let all = items.iter().zip(of_item).map(|(item, i)| Scored { id: item.id.clone(), ..scored[i].clone() });
     let scored: Vec<Scored> = all.collect();
-    let summary = summary(args, &items, &rows, &scored, took)?;
+    let summary = summary(args, model, &items, &rows, &scored, took)?;
     write(args, &scored, &summary)?;
     Ok(Ok(table(&summary)))
 }
@@ -136,7 +141,9 @@ fn prompt(item: &Item, few_shot: Option<&FewShot>, args: &MixevalArgs) -> Prompt
     let target = target(item);
     let row = json!({
         "problem_type": item.kind.name(), "context": item.context, "options": item.options, "target": target,
-        "benchmark_name": item.benchmark, "prompt": list,
+        "benchmark_name": item.benchmark,
+        // What the model sees: an answer to anything else is not kept.
+        "prompt": few_shot.map_or(json!(list), |examples| examples.before(item).into()),
     });
     Prompt {
         id: item.id.clone(),
@@ -144,6 +151,7 @@ fn prompt(item: &Item, few_shot: Option<&FewShot>, args: &MixevalArgs) -> Prompt
         row,
         text: few_shot.map(|examples| examples.before(item)),
         stop: few_shot.map(|_| FewShot::end(item.kind).to_string()),
+        may_be_too_long: true,
     }
 }
 
@@ -204,6 +212,9 @@ fn blank(item: &Item, response: String) -> Scored {
 }
 
 fn by_rule(scored: &mut Scored, item: &Item) {
+    if scored.problem.is_some() {
+        return;
+    }
     match &item.target {
         Target::Answers(answers) => {
             let right = rules::is_right(&scored.response, answers);
@@ -228,10 +239,11 @@ fn by_judge(judge: &Judge, scored: &mut [Scored], items: &[&Item]) -> Result<Opt
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let mut total = Took::default();
     for kind in [Kind::FreeForm, Kind::MultipleChoice] {
-        let which: Vec<usize> = (0..items.len()).filter(|&i| items[i].kind == kind).collect();
+        let asked = |&i: &usize| items[i].kind == kind && scored[i].problem.is_none();
+        let which: Vec<usize> = (0..items.len()).filter(asked).collect();
         let questions = which.iter().map(|&i| judged::question(items[i], &scored[i].response));
         let questions = questions.collect::<Result<Vec<_>>>()?;
-        let parse = |reply: &str| judged::parse(kind, 26, reply);
+        let parse = |i: usize, reply: &str| judged::parse(kind, items[which[i]].options.len(), reply);
         let count = which.len();
         let tell = |done: usize| {
             if done.is_multiple_of(100) || done == count {
@@ -248,7 +260,7 @@ fn by_judge(judge: &Judge, scored: &mut [Scored], items: &[&Item]) -> Result<Opt
             scored.judgement = Some(verdict.text);
             match (verdict.read, &item.target) {
                 (Some(Said::Score(score)), _) => (scored.score, scored.read) = (score, score.into()),
-                (Some(Said::Option(chosen)), Target::Option(target)) if chosen < item.options.len() => {
+                (Some(Said::Option(chosen)), Target::Option(target)) => {
                     take(scored, *target, Some(chosen));
                 }
                 (Some(Said::None), _) => {
@@ -264,6 +276,7 @@ fn by_judge(judge: &Judge, scored: &mut [Scored], items: &[&Item]) -> Result<Opt
 
 fn summary(
     args: &MixevalArgs,
+    model: String,
     items: &[Item],
     rows: &[Value],
     scored: &[Scored],
@@ -276,7 +289,7 @@ fn summary(
     let settings =
         fs::read_to_string(args.out.join("answers.jsonl.settings.json")).context("the answers' settings")?;
     Ok(Summary {
-        model: args.model.clone().or(args.endpoint.clone()).unwrap_or_default(),
+        model,
         split: args.split,
         data: hash.finalize().to_hex()[..16].to_string(),
         parser: args.judge.judge_model.clone().unwrap_or_else(|| "rule".into()),

@@ -73,13 +73,18 @@ pub fn is_right(response: &str, answers: &[String]) -> bool {
 fn parts_of(text: &str) -> Vec<Part> {
     let text = text.trim();
     if let Ok(number) = text.replace(',', "").parse::<f64>() {
-        return vec![Part::Number((number * 100.0).round_ties_even() / 100.0)];
+        return vec![Part::Number(rounded(number, 2))];
     }
     let text = text.to_lowercase();
     if text.chars().count() == 1 {
         return vec![Part::Text(format!(" {text}")), Part::Text(format!("{text} "))];
     }
     vec![Part::Text(text)]
+}
+
+/// As Python's `round`, which looks at the number's exact value.
+pub fn rounded(number: f64, digits: usize) -> f64 {
+    format!("{number:.digits$}").parse().unwrap_or(number)
 }
 
 /// What follows the words that introduce an answer, the shortest of each line; or the whole where there are none.
@@ -92,14 +97,17 @@ fn key_phrases(response: &str) -> Vec<String> {
     for (i, line) in lines.iter().enumerate() {
         // The last line may be an equation.
         let equation = (i + 1 == lines.len()).then_some("=");
-        let tails = INTRODUCE
-            .iter()
-            .copied()
-            .chain(equation)
-            .filter_map(|word| Some(line.rsplit_once(word)?.1.trim()));
-        let shortest = tails.filter(|tail| !tail.is_empty()).min_by_key(|tail| tail.chars().count());
-        let is_trivial = |tail: &&str| [":", ",", ".", "!", "?", ";", "'"].contains(tail);
-        found.extend(shortest.filter(|tail| !is_trivial(tail)).map(String::from));
+        // As in the reference an empty tail gives its place to the next one, however long.
+        let mut shortest = "";
+        for word in INTRODUCE.iter().copied().chain(equation) {
+            let Some((_, tail)) = line.rsplit_once(word) else { continue };
+            let tail = tail.trim();
+            if shortest.is_empty() || tail.chars().count() < shortest.chars().count() {
+                shortest = tail;
+            }
+        }
+        let is_trivial = ["", ":", ",", ".", "!", "?", ";", "'"].contains(&shortest);
+        found.extend((!is_trivial).then(|| shortest.to_string()));
     }
     if found.is_empty() { vec![response] } else { found }
 }
@@ -159,6 +167,11 @@ mod tests {
         // and a single letter only by itself.
         assert!(!right("xylophone", &["x"]));
         assert!(right("plan x or y", &["x"]));
+        assert!(
+            right("So the capital is \nLusaka", &["Lusaka"]),
+            "an empty end of a line counts for nothing"
+        );
+        assert!(right("It is 2.675", &["2.67"]), "as Python rounds");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::items::Kind;
+use super::rules::rounded;
 use crate::bootstrap::{Estimate, clustered};
 
 /// One item's result, a row of `items.jsonl`.
@@ -94,7 +95,7 @@ pub fn reference_layout(items: &[Scored]) -> Value {
         let all = (parts[0].1 + parts[1].1) as f64;
         let share = |&(sum, count): &(f64, usize)| match count {
             0 => 0.0,
-            _ => (sum / count as f64 * 1000.0).round_ties_even() / 1000.0 * (count as f64 / all),
+            _ => rounded(sum / count as f64, 3) * (count as f64 / all),
         };
         parts.iter().map(share).sum::<f64>()
     };
@@ -148,6 +149,8 @@ mod tests {
         assert!((scores["overall"].as_f64().unwrap() - 0.471_285_714_285_714_3).abs() < 1e-12, "{scores}");
         assert!((scores["AGIEval"].as_f64().unwrap() - 0.766_666_666_666_666_6).abs() < 1e-12);
         assert_eq!(scores.as_object().unwrap().keys().next().unwrap(), "overall");
+        // Python: round(1 / 80, 3) is 0.013, its value a little above 0.0125.
+        assert_eq!(rounded(1.0 / 80.0, 3), 0.013);
         let parts = parts(&items);
         assert_eq!((parts[0].items, parts[0].distinct), (7, 6));
         assert!((parts[0].score.mean - 3.3 / 7.0).abs() < 1e-12);
