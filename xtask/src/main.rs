@@ -26,6 +26,10 @@ cargo xtask sample --help             answers of a model to a file of prompts
 cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers
 cargo xtask train --help              align a model on the pairs
 cargo xtask eval pairs --help         held-out preference metrics
+cargo xtask eval mixeval --help       MixEval and MixEval-Hard, by rules or by a judge
+cargo xtask eval compare --help       two runs item by item, or two files of answers by a judge
+cargo xtask eval choices --help       multiple choice by likelihood
+cargo xtask eval recommend --help     apo_zero or apo_down for this set and this model?
 cargo xtask eval data --help          how contrastive, long, repetitive and biased a preference set is
 Without flags, generate-clair, train and eval run on the bundled data, one after the other.
 
@@ -39,8 +43,10 @@ cargo xtask bench train --model DIR --dataset PATH [--steps N] [--pairs N] [--ru
 cargo xtask bench train --shape NAME [--vocab N] --row-tokens N[,N …] …    a model and pairs made on the spot
 cargo xtask bench data --model DIR [--rows N] [--runs N] [--dir DIR] [--against-trl VENV]
 cargo xtask bench generate [--only PART[,PART]] [--against VENV]  calls a second, cost of a call, faults, kills
+cargo xtask bench sample --model DIR --prompts FILE [--against-transformers VENV] [--against-llama-cpp VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check report [--chromium BINARY]          a run's page, paged through in a browser
+cargo xtask check greedy --model DIR --prompts FILE --transformers VENV   completions token for token
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers
 cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers
 cargo xtask check losses --model DIR --dataset D      a run of every loss: first values, no NaN

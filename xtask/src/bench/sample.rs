@@ -83,8 +83,8 @@ impl Options {
 struct Measured {
     tokens_per_second: f64,
     memory_gb: f64,
-    /// The new token ids of each row; ours are not told.
-    rows: Option<Vec<Value>>,
+    /// The new token ids of each row.
+    rows: Vec<Value>,
 }
 
 struct Side {
@@ -135,6 +135,7 @@ fn ours(options: &Options, dir: &Path) -> Result<Vec<Side>> {
                 "--max-new-tokens",
                 &new,
                 "--ignore-eos",
+                "--token-ids",
                 "--backend",
                 &backend,
                 "--dtype",
@@ -195,7 +196,10 @@ fn measure(side: &Side, dir: &Path, new_tokens: usize) -> Result<Measured> {
         let line = text.lines().find(|line| line.contains(" new tokens in ")).context("no speed was told")?;
         let after = line.split(" s, ").nth(1).and_then(|rest| rest.split(' ').next());
         let tokens_per_second = after.and_then(|n| n.parse().ok()).with_context(|| line.to_owned())?;
-        return Ok(Measured { tokens_per_second, memory_gb, rows: None });
+        let answers = fs::read_to_string(dir.join("answers.jsonl"))?;
+        let ids = |line: &str| Ok(serde_json::from_str::<Value>(line)?["token_ids"].clone());
+        let rows = answers.lines().map(ids).collect::<Result<_>>()?;
+        return Ok(Measured { tokens_per_second, memory_gb, rows });
     }
     let line = text.lines().find(|line| line.starts_with("{\"seconds\"")).context("no result was told")?;
     let result: Value = serde_json::from_str(line)?;
@@ -204,23 +208,25 @@ fn measure(side: &Side, dir: &Path, new_tokens: usize) -> Result<Measured> {
         bail!("{}: not all rows have {new_tokens} new tokens", side.name);
     }
     let number = |key: &str| result[key].as_f64().with_context(|| format!("no {key}"));
-    Ok(Measured { tokens_per_second: number("tokens")? / number("seconds")?, memory_gb, rows: Some(rows) })
+    Ok(Measured { tokens_per_second: number("tokens")? / number("seconds")?, memory_gb, rows })
 }
 
 fn summary(sides: &[Side]) {
     let of = |side: &Side, f: fn(&Measured) -> f64| median(side.runs.iter().map(f).collect());
     let best = sides.iter().filter(|side| side.is_ours).map(|side| of(side, |m| m.tokens_per_second));
     let best = best.fold(0.0, f64::max);
-    let first = sides.iter().find_map(|side| side.runs.first()?.rows.clone());
+    let first =
+        sides.first().and_then(|side| side.runs.first()).map(|run| run.rows.clone()).unwrap_or_default();
     for side in sides {
         let (speed, memory) = (of(side, |m| m.tokens_per_second), of(side, |m| m.memory_gb));
-        let rows = side.runs.first().and_then(|run| run.rows.as_ref());
-        let same = rows.zip(first.as_ref()).map(|(a, b)| a.iter().zip(b).filter(|(a, b)| a == b).count());
-        let same = same.map_or_else(String::new, |n| format!(", {n} rows as the first peer has them"));
+        let rows = side.runs.first().map(|run| &run.rows[..]).unwrap_or_default();
+        let same = rows.iter().zip(&first).filter(|(a, b)| a == b).count();
         report(&format!(
-            "{} median {speed:.1} new tokens/s, {memory:.2} GB, {:.2}x{same}",
+            "{} median {speed:.1} new tokens/s, {memory:.2} GB; our best is {:.2}x as fast; {same} of {} rows as in the first \
+             line",
             side.name,
-            best / speed
+            best / speed,
+            rows.len()
         ));
     }
 }
