@@ -46,6 +46,7 @@ cargo xtask bench generate [--only PART[,PART]] [--against VENV]  calls a second
 cargo xtask bench sample --model DIR --prompts FILE [--against-transformers VENV] [--against-llama-cpp VENV]
 cargo xtask fuzz [TARGET ...] [--seconds N]        readers of foreign bytes under libFuzzer (nightly, cargo-fuzz)
 cargo xtask check report [--chromium BINARY]          a run's page, paged through in a browser
+cargo xtask check pages REPORT.html … [--shots DIR]   reports of eval in a browser: telephone, dark, paper
 cargo xtask check greedy --model DIR --prompts FILE --transformers VENV   completions token for token
 cargo xtask check templates --trl VENV [DIR ...]      chat templates against transformers
 cargo xtask check tokens --trl VENV [MODEL_DIR ...]   token ids against TRL's trainers

@@ -124,6 +124,12 @@ pub struct Args {
     /// Steps between evaluations; the logging steps where not given.
     #[arg(long)]
     pub eval_steps: Option<usize>,
+    /// At the start and at every evaluation the model answers the first N test prompts, in samples.jsonl.
+    #[arg(long, value_name = "N")]
+    pub eval_samples: Option<usize>,
+    /// Most new tokens of these answers [default: 128].
+    #[arg(long, value_name = "N")]
+    pub eval_sample_tokens: Option<usize>,
     /// When to write checkpoints.
     #[arg(long, value_enum, default_value = "steps")]
     pub save_strategy: Strategy,

@@ -35,6 +35,7 @@ mod references;
 mod rules;
 pub mod run;
 mod run_info;
+mod samples;
 pub mod schedule;
 mod step;
 mod tensorboard;

@@ -14,10 +14,11 @@ use serde_json::{Map, Value};
 use crate::checksums;
 use crate::tensorboard::EventWriter;
 
-/// `train_log.jsonl` and `eval_log.jsonl` of a run.
+/// `train_log.jsonl`, `eval_log.jsonl` and `samples.jsonl` of a run.
 pub struct Logs {
     train: JsonlAppender,
     eval: JsonlAppender,
+    samples: Option<JsonlAppender>,
     events: Option<EventWriter>,
 }
 
@@ -25,7 +26,7 @@ impl Logs {
     /// Opens the logs; training entries after `step` and evaluations after `evaluated` (of a run that is resumed
     /// from there) are dropped. `tensorboard`
     /// asks for event files in `runs/` too.
-    pub fn open(dir: &Path, step: usize, evaluated: usize, tensorboard: bool) -> Result<Self> {
+    pub fn open(dir: &Path, step: usize, evaluated: usize, tensorboard: bool, samples: bool) -> Result<Self> {
         let open = |name: &str, step: usize| -> Result<JsonlAppender> {
             let path = dir.join(name);
             // A line torn by a crash is cut off first.
@@ -39,13 +40,21 @@ impl Logs {
             Ok(JsonlAppender::open(&path)?.0)
         };
         let events = tensorboard.then(|| EventWriter::create(&dir.join("runs"), step)).transpose()?;
-        Ok(Self { train: open("train_log.jsonl", step)?, eval: open("eval_log.jsonl", evaluated)?, events })
+        let samples = samples.then(|| open("samples.jsonl", evaluated)).transpose()?;
+        let (train, eval) = (open("train_log.jsonl", step)?, open("eval_log.jsonl", evaluated)?);
+        Ok(Self { train, eval, samples, events })
     }
 
     /// Appends a training entry.
     pub fn train(&mut self, entry: &Map<String, Value>) -> Result<()> {
         self.train.push(&Value::Object(entry.clone()))?;
         self.events.as_mut().map_or(Ok(()), |events| events.scalars("train", entry))
+    }
+
+    /// Appends answers of the model.
+    pub fn samples(&mut self, rows: &[Value]) -> Result<()> {
+        let Some(log) = &mut self.samples else { return Ok(()) };
+        Ok(rows.iter().try_for_each(|row| log.push(row))?)
     }
 
     /// Appends an evaluation entry.
@@ -56,7 +65,7 @@ impl Logs {
 }
 
 /// What a run writes from its first step on.
-const LOGS: [&str; 3] = ["train_log.jsonl", "eval_log.jsonl", "run.json"];
+const LOGS: [&str; 4] = ["train_log.jsonl", "eval_log.jsonl", "samples.jsonl", "run.json"];
 
 /// What a run writes into its output directory besides checkpoints, shards and the model's companions.
 const FILES: [&str; 5] = [

@@ -143,6 +143,16 @@ pub fn check(args: &Args) -> Result<(), String> {
             args.eval_strategy == Strategy::No && args.per_device_eval_batch_size.is_some(),
             "--per-device-eval-batch-size has no effect without --eval-strategy",
         ),
+        (
+            args.eval_strategy == Strategy::No && args.eval_samples.is_some(),
+            "--eval-samples has no effect without --eval-strategy",
+        ),
+        (
+            args.eval_samples.is_none() && args.eval_sample_tokens.is_some(),
+            "--eval-sample-tokens has no effect without --eval-samples",
+        ),
+        (args.eval_samples == Some(0), "--eval-samples must be at least 1"),
+        (args.eval_sample_tokens == Some(0), "--eval-sample-tokens must be at least 1"),
     ];
     rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, reason)| Err(reason.into()))
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use decoder::{Companions, Config, Decoder};
+use decoder::{Companions, Config, Decoder, eos_ids};
 use hub::{Hub, announce};
 use jiff::civil::DateTime;
 use pref_data::{PairTokens, TemplateSource, Tokenizer};
@@ -22,6 +22,7 @@ use crate::policy::{self, Reference};
 use crate::preflight;
 use crate::references::References;
 use crate::run_info::{COMMIT, RunInfo};
+use crate::samples::Samples;
 use crate::settings::{Every, Settings};
 use crate::train::{Outcome, TRAINING, Training};
 use crate::{card, inspect, output};
@@ -155,13 +156,25 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         companions: &companions,
         model: model.tracked(),
         optimizer,
-        logs: Logs::open(&settings.output_dir, state.step, evaluated, settings.tensorboard)?,
+        logs: Logs::open(
+            &settings.output_dir,
+            state.step,
+            evaluated,
+            settings.tensorboard,
+            settings.eval_samples.is_some(),
+        )?,
         hints: Hints::new(settings),
         state,
         epoch: None,
         computed_tokens: 0,
         flops: 0,
         memory,
+        samples: settings
+            .eval_samples
+            .map(|(count, tokens)| {
+                Ok::<_, anyhow::Error>(Samples::new(tokenizer, eos_ids(&model_dir)?, count, tokens))
+            })
+            .transpose()?,
     };
     TRAINING.store(true, Ordering::Relaxed);
     let started = Instant::now();

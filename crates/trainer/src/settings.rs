@@ -106,6 +106,8 @@ pub struct Settings {
     pub order: Order,
     pub logging_steps: usize,
     pub evaluate: Every,
+    /// Test prompts that are answered at every evaluation, and new tokens of an answer.
+    pub eval_samples: Option<(usize, usize)>,
     pub save: Every,
     pub save_total_limit: Option<usize>,
     pub save_only_model: bool,
@@ -230,6 +232,7 @@ impl Settings {
             },
             logging_steps,
             evaluate,
+            eval_samples: args.eval_samples.map(|count| (count, args.eval_sample_tokens.unwrap_or(128))),
             save,
             save_total_limit: args.save_total_limit.map(|n| positive("save-total-limit", n)).transpose()?,
             save_only_model: args.save_only_model,

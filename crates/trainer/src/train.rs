@@ -22,6 +22,7 @@ use crate::optimizer::{Optimizer, Options};
 use crate::plan::Plan;
 use crate::references::{References, Split};
 use crate::run::say;
+use crate::samples::Samples;
 use crate::schedule;
 use crate::settings::{Every, Settings};
 use crate::step::{Backward, Micro, read};
@@ -57,6 +58,7 @@ pub(crate) struct Training<'a> {
     pub computed_tokens: usize,
     pub flops: u64,
     pub memory: MemoryPlan,
+    pub samples: Option<Samples>,
 }
 
 impl Training<'_> {
@@ -67,6 +69,8 @@ impl Training<'_> {
         let started = Instant::now();
         if std::mem::take(&mut self.state.evaluation_due) {
             self.evaluate(&progress)?;
+        } else if self.state.step == 0 {
+            self.sample()?;
         }
         while self.state.step < self.plan.total && !self.state.stopped {
             let (lr, norm) = self.one_step()?;
@@ -219,6 +223,13 @@ impl Training<'_> {
         Ok(entry)
     }
 
+    /// What the model answers now.
+    fn sample(&mut self) -> Result<()> {
+        let (Some(samples), Some(test)) = (&self.samples, &self.data.test) else { return Ok(()) };
+        let rows = samples.of(&self.model, test, self.state.step)?;
+        self.logs.samples(&rows)
+    }
+
     fn evaluate(&mut self, progress: &Progress) -> Result<()> {
         let Some(test) = &self.data.test else { return Ok(()) };
         let mut entry = self.entry();
@@ -226,6 +237,7 @@ impl Training<'_> {
         entry.extend(evaluate::run(&self.model, test, &self.references, self.settings, tokens)?);
         self.logs.eval(&entry)?;
         progress.tell(&format!("eval at step {}: {}", self.state.step, figures(&entry, "eval_")));
+        self.sample()?;
         let saved = self.saves() || self.state.step == self.plan.total;
         if best::judge(self.settings, &mut self.state, &entry, saved)? == Verdict::Stop {
             self.state.stopped = true;

@@ -298,3 +298,24 @@ fn a_profile_says_where_the_time_went() {
     let trace: Value = serde_json::from_slice(&fs::read(dir.path().join("trace.json")).unwrap()).unwrap();
     assert!(trace.as_array().unwrap().len() > 100);
 }
+
+#[test]
+fn answers_to_held_out_prompts_are_kept_as_the_run_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = String::from_utf8(train(dir.path(), "--eval-samples 2").stderr).unwrap();
+    assert!(said.contains("--eval-samples has no effect without --eval-strategy"), "{said}");
+    for flags in ["", "--use-peft --lora-r 2"] {
+        let all = "--eval-strategy steps --eval-steps 6 --eval-samples 3 --eval-sample-tokens 9 --overwrite-output-dir";
+        trained(dir.path(), &format!("{all} {flags}"));
+        let rows = log(dir.path(), "samples.jsonl");
+        let steps: Vec<u64> = rows.iter().map(|row| row["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [0, 0, 0, 6, 6, 6, 12, 12, 12], "{flags}");
+        assert_eq!(rows[0]["id"], rows[6]["id"]);
+        assert!(
+            rows.iter().all(|row| row["prompt"].as_str().unwrap().len() > 10 && row["response"].is_string())
+        );
+        if flags.is_empty() {
+            assert!((0..3).any(|i| rows[i]["response"] != rows[6 + i]["response"]), "the model has changed");
+        }
+    }
+}

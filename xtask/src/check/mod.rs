@@ -1,6 +1,7 @@
 //! Comparisons that need a Python environment with the peers in it, or a real model and time.
 
 mod greedy;
+mod pages;
 mod report;
 mod runs;
 
@@ -20,6 +21,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
             runs::run(what, rest)
         }
         Some((what, rest)) if what == "report" => report::run(rest),
+        Some((what, rest)) if what == "pages" => pages::run(rest),
         Some((what, rest)) if what == "greedy" => greedy::run(rest),
         _ => tokens(args),
     }
@@ -77,4 +79,5 @@ const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]   *
     cargo xtask check peft --model DIR --dataset D --peft VENV [--steps N] [--max-length N]\n\
     cargo xtask check greedy --model DIR --prompts FILE --transformers VENV [--new-tokens N]\n\
     cargo xtask check report [--chromium BINARY]\n\
+    cargo xtask check pages REPORT.html … [--shots DIR] [--chromium BINARY]\n\
     cargo xtask check tensorboard --model DIR --dataset D --tensorboard VENV";

@@ -48,15 +48,17 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     ensure!(!page.contains("http://") && !page.contains("https://"), "the page names another host");
     let probed = dir.join("probed.html");
     fs::write(&probed, page.replace("</body>", &format!("{SCRIPT}</body>")))?;
-    let result = in_browser(&browser, &probed)?;
+    let result = in_browser(&browser, &probed, &[])?;
     check(&result, &dir.join("pairs/pairs.jsonl"))?;
     fs::remove_dir_all(&dir).ok();
     Ok(ExitCode::SUCCESS)
 }
 
-fn in_browser(browser: &str, page: &Path) -> Result<Value> {
+/// What the script of a page leaves in its element `result`.
+pub fn in_browser(browser: &str, page: &Path, flags: &[&str]) -> Result<Value> {
     let output = Command::new(browser)
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"])
+        .args(flags)
         .arg(format!("file://{}", page.display()))
         .output()
         .with_context(|| format!("cannot run {browser} (Debian: apt-get install chromium)"))?;

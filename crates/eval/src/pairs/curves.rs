@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use pref_data::read_jsonl;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::trajectory::Point;
 use crate::chart::{Series, lines};
@@ -51,6 +51,25 @@ pub fn learning(run: &Path) -> Result<Vec<String>> {
         all.extend(lines(title, "step", &series)?);
     }
     Ok(all)
+}
+
+/// What the model answered before the training and after it, where the run has asked for that.
+pub fn samples(run: &Path) -> Result<Vec<Value>> {
+    let path = run.join("samples.jsonl");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let mut all: Vec<(String, Value)> = Vec::new();
+    for (_, row) in read_jsonl(&path)? {
+        let id = row["id"].to_string();
+        match all.iter_mut().find(|(known, _)| *known == id) {
+            Some((_, pair)) => pair["after"] = row["response"].clone(),
+            None => {
+                all.push((id, json!({"id": row["id"], "prompt": row["prompt"], "before": row["response"]})));
+            }
+        }
+    }
+    Ok(all.into_iter().map(|(_, pair)| pair).filter(|pair| pair.get("after").is_some()).collect())
 }
 
 /// How means over held-out pairs went.

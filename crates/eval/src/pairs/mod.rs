@@ -141,6 +141,7 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let page = json!({
         "score": result, "rows": rows, "bars": histogram(&margins), "run": run,
         "held_out": curves::held_out(&result.trajectory)?, "learning": curves::learning(&directory)?,
+        "samples": curves::samples(&directory)?,
     });
     report::write_page(&args.out.join("report.html"), report::Page::Pairs, &page)?;
     let text = serde_json::to_string_pretty(&result)?;
