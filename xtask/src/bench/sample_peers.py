@@ -68,8 +68,9 @@ def greedy(new):
     for line in open(source):
         ids = torch.tensor([json.loads(line)])
         with torch.inference_mode():
+            # Without a mask it would leave out every token that is the one for padding.
             out = llm.generate(
-                ids, do_sample=False, max_new_tokens=new, pad_token_id=2,
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=2,
                 output_logits=True, return_dict_in_generate=True,
             )
         best = torch.stack(out.logits)[:, 0].topk(2).values
