@@ -105,12 +105,20 @@ pub struct SampleArgs {
     /// Answers to each prompt, in the column `responses` (for `generate-clair --method judge`).
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub samples: usize,
-    /// Tokens of all sequences that run together [default: 8192, in bfloat16 16384].
-    #[arg(long, value_name = "N", conflicts_with = "endpoint")]
-    pub batch_tokens: Option<usize>,
     /// Write the token ids of each answer too, in the column `token_ids`.
     #[arg(long, conflicts_with = "endpoint")]
     pub token_ids: bool,
+    /// Who answers, and where.
+    #[command(flatten)]
+    pub answering: AnsweringArgs,
+}
+
+/// Flags that say who answers: a local model, or a server.
+#[derive(Debug, Clone, Default, Args)]
+pub struct AnsweringArgs {
+    /// Tokens of all sequences that run together [default: 8192, in bfloat16 16384].
+    #[arg(long, value_name = "N", conflicts_with = "endpoint")]
+    pub batch_tokens: Option<usize>,
     /// Chat template instead of the model's: `simple`, `chatml`, or a file.
     #[arg(long, value_name = "simple|chatml|FILE", conflicts_with = "endpoint")]
     pub chat_template: Option<String>,
@@ -126,7 +134,7 @@ pub struct SampleArgs {
     /// Environment variable that holds the server's key.
     #[arg(long, value_name = "VAR", requires = "endpoint")]
     pub api_key_env: Option<String>,
-    /// Requests at a time [default: 32].
+    /// Requests at a time [default: as many as the server takes well].
     #[arg(long, value_name = "N", requires = "endpoint")]
     pub max_in_flight: Option<usize>,
 }
@@ -220,27 +228,9 @@ pub struct MixevalArgs {
     /// Most new tokens of an answer [default: 512, for base models 399].
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
-    /// Tokens of all sequences that run together [default: 8192, in bfloat16 16384].
-    #[arg(long, value_name = "N", conflicts_with = "endpoint")]
-    pub batch_tokens: Option<usize>,
-    /// Chat template instead of the model's: `simple`, `chatml`, or a file.
-    #[arg(long, value_name = "simple|chatml|FILE", conflicts_with = "endpoint")]
-    pub chat_template: Option<String>,
-    /// The day that chat templates are told (some write it into the prompt) [default: today].
-    #[arg(long, value_name = "YYYY-MM-DD", conflicts_with = "endpoint")]
-    pub template_date: Option<jiff::civil::Date>,
-    /// Where it computes.
+    /// Who answers, and where.
     #[command(flatten)]
-    pub device: DeviceArgs,
-    /// Base URL of an OpenAI-compatible server instead of a local model.
-    #[arg(long, value_name = "URL")]
-    pub endpoint: Option<String>,
-    /// Environment variable that holds the server's key.
-    #[arg(long, value_name = "VAR", requires = "endpoint")]
-    pub api_key_env: Option<String>,
-    /// Requests at a time [default: 32].
-    #[arg(long, value_name = "N", requires = "endpoint")]
-    pub max_in_flight: Option<usize>,
+    pub answering: AnsweringArgs,
 }
 
 /// Flags of `choices`.
@@ -323,7 +313,7 @@ pub struct RecommendArgs {
 }
 
 /// Flags that say where a model computes, and in what.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct DeviceArgs {
     /// Backend; a binary has those it was built with [default: flex].
     #[arg(long, value_enum, env = backend::ENV)]

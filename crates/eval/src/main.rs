@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -25,9 +26,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let cli = Cli::parse();
-    if let Command::Sample(SampleArgs { endpoint: Some(_), device, .. })
-    | Command::Mixeval(MixevalArgs { endpoint: Some(_), device, .. }) = &cli.command
-        && device.is_given()
+    if let Command::Sample(SampleArgs { answering, .. }) | Command::Mixeval(MixevalArgs { answering, .. }) =
+        &cli.command
+        && answering.endpoint.is_some()
+        && answering.device.is_given()
     {
         let reason =
             "--backend, --device and --dtype are of a local model; with --endpoint the server decides";
@@ -70,53 +72,29 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Mixeval(args) => {
             let progress = Progress::new();
             let told = mixeval::run(args, |done, all, tokens| progress.tell(done, all, tokens))?;
-            let Ok(table) = told else {
-                eprintln!("interrupted: what is done is saved; run the same command to go on");
-                return Ok(ExitCode::from(130));
-            };
-            writeln!(std::io::stdout(), "{table}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
+            show(told.ok(), &args.out)
         }
-        Command::Choices(args) => {
-            let table = choices::run(args, |text| eprintln!("{text}"))?;
-            writeln!(std::io::stdout(), "{table}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Compare(args) => {
-            let Some(table) = compare::run(args)? else {
-                eprintln!("interrupted: judgements are saved; run the same command to go on");
-                return Ok(ExitCode::from(130));
-            };
-            writeln!(std::io::stdout(), "{table}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Choices(args) => show(Some(choices::run(args, |text| eprintln!("{text}"))?), &args.out),
+        Command::Compare(args) => show(compare::run(args)?, &args.out),
         Command::Recommend(args) => {
             let progress = Progress::new();
-            let told = recommend::run(args, |done, all, tokens| progress.tell(done, all, tokens))?;
-            let Some(words) = told else {
-                eprintln!("interrupted: what is done is saved; run the same command to go on");
-                return Ok(ExitCode::from(130));
-            };
-            writeln!(std::io::stdout(), "{words}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
+            show(recommend::run(args, |done, all, tokens| progress.tell(done, all, tokens))?, &args.out)
         }
-        Command::Pairs(args) => {
-            let table = pairs::run(args, |text| eprintln!("{text}"))?;
-            writeln!(std::io::stdout(), "{table}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Data(args) => {
-            let table = data::run(args, |text| eprintln!("{text}"))?;
-            writeln!(std::io::stdout(), "{table}").context("stdout")?;
-            eprintln!("report: {}", args.out.join("report.html").display());
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Pairs(args) => show(Some(pairs::run(args, |text| eprintln!("{text}"))?), &args.out),
+        Command::Data(args) => show(Some(data::run(args, |text| eprintln!("{text}"))?), &args.out),
     }
+}
+
+/// Prints a result, or that the run was interrupted, and where the report is.
+#[allow(clippy::print_stderr)]
+fn show(told: Option<String>, out: &Path) -> Result<ExitCode> {
+    let Some(text) = told else {
+        eprintln!("interrupted: what is done is saved; run the same command to go on");
+        return Ok(ExitCode::from(130));
+    };
+    writeln!(std::io::stdout(), "{text}").context("stdout")?;
+    eprintln!("report: {}", out.join("report.html").display());
+    Ok(ExitCode::SUCCESS)
 }
 
 fn answer(args: &SampleArgs) -> Result<Outcome> {

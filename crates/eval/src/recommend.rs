@@ -15,7 +15,7 @@ use pref_data::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{RecommendArgs, SampleArgs};
+use crate::args::{AnsweringArgs, RecommendArgs, SampleArgs};
 use crate::bootstrap::{Estimate, mean};
 use crate::compare::preferences;
 use crate::judge::{Judge, Took};
@@ -147,14 +147,13 @@ fn by_judge(
         max_new_tokens: args.max_new_tokens,
         sampling: SamplingArgs::default(),
         samples: 1,
-        batch_tokens: None,
         token_ids: false,
-        chat_template: args.chat_template.clone(),
-        template_date: args.template_date,
-        device: args.device.clone(),
-        endpoint: None,
-        api_key_env: None,
-        max_in_flight: None,
+        answering: AnsweringArgs {
+            chat_template: args.chat_template.clone(),
+            template_date: args.template_date,
+            device: args.device.clone(),
+            ..AnsweringArgs::default()
+        },
     };
     if let Outcome::Interrupted { .. } = run_on(&sample, prompts, tell)? {
         return Ok(None);

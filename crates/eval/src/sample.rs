@@ -242,7 +242,7 @@ pub fn run_on(
 ) -> Result<Outcome> {
     check(args)?;
     let prompts = repeated(prompts, args.samples);
-    let Some(endpoint) = &args.endpoint else { return locally(args, &prompts, tell) };
+    let Some(endpoint) = &args.answering.endpoint else { return locally(args, &prompts, tell) };
     // Only fails when a provider is there already.
     rustls::crypto::ring::default_provider().install_default().ok();
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
@@ -254,8 +254,14 @@ fn locally(
     prompts: &[Prompt],
     mut tell: impl FnMut(usize, usize, usize),
 ) -> Result<Outcome> {
-    let now = template_time(args.template_date);
-    let local = Local::open(&args.model, &args.device, &args.sampling, args.chat_template.as_deref(), now)?;
+    let now = template_time(args.answering.template_date);
+    let local = Local::open(
+        &args.model,
+        &args.answering.device,
+        &args.sampling,
+        args.answering.chat_template.as_deref(),
+        now,
+    )?;
     let mut settings = json!({
         "model": args.model, "max_new_tokens": args.max_new_tokens, "samples": args.samples,
         "token_ids": args.token_ids,
@@ -304,7 +310,7 @@ fn locally(
         }
         answers.push(&prompts[index], columns)
     };
-    local.answer(questions, args.batch_tokens, store, |step| {
+    local.answer(questions, args.answering.batch_tokens, store, |step| {
         total.made += step.made;
         total.read += step.read;
         total.shared += step.shared;

@@ -56,8 +56,8 @@ pub async fn run(
         ));
     }
     let settings_of_client = Settings {
-        in_flight: args.max_in_flight.map_or_else(InFlight::default, InFlight::fixed),
-        ..Settings::to(endpoint, api_key(args.api_key_env.as_deref(), endpoint)?)
+        in_flight: args.answering.max_in_flight.map_or_else(InFlight::default, InFlight::fixed),
+        ..Settings::to(endpoint, api_key(args.answering.api_key_env.as_deref(), endpoint)?)
     };
     let client = Arc::new(Client::new(settings_of_client, store)?);
     let mut answers = Answers::open(&args.out, &settings, prompts, args.samples)?;

@@ -101,10 +101,10 @@ fn check(args: &MixevalArgs) -> Result<()> {
     if args.parser == Some(Parser::Judge) && args.judge.judge_endpoint.is_none() {
         bail!("--parser judge needs --judge-endpoint and --judge-model");
     }
-    if args.base_model && args.endpoint.is_some() {
+    if args.base_model && args.answering.endpoint.is_some() {
         bail!("--base-model needs a local model: a server of chats has no plain continuation");
     }
-    if args.base_model && (args.system_prompt.is_some() || args.chat_template.is_some()) {
+    if args.base_model && (args.system_prompt.is_some() || args.answering.chat_template.is_some()) {
         bail!(
             "--system-prompt and --chat-template have no effect with --base-model, which has no conversation"
         );
@@ -165,9 +165,11 @@ fn target(item: &Item) -> Value {
 fn sample_args(args: &MixevalArgs, out: &Path) -> Result<SampleArgs> {
     let new = NEW_TOKENS[usize::from(args.base_model)];
     Ok(SampleArgs {
-        model: match (&args.model, &args.endpoint) {
+        model: match (&args.model, &args.answering.endpoint) {
             (Some(model), _) => model.clone(),
-            (None, Some(endpoint)) => crate::served::only_model(endpoint, args.api_key_env.as_deref())?,
+            (None, Some(endpoint)) => {
+                crate::served::only_model(endpoint, args.answering.api_key_env.as_deref())?
+            }
             (None, None) => bail!("give --model, or --endpoint"),
         },
         prompts: args.data.clone(),
@@ -175,14 +177,8 @@ fn sample_args(args: &MixevalArgs, out: &Path) -> Result<SampleArgs> {
         max_new_tokens: args.max_new_tokens.unwrap_or(new),
         sampling: SamplingArgs::default(),
         samples: 1,
-        batch_tokens: args.batch_tokens,
         token_ids: false,
-        chat_template: args.chat_template.clone(),
-        template_date: args.template_date,
-        device: args.device.clone(),
-        endpoint: args.endpoint.clone(),
-        api_key_env: args.api_key_env.clone(),
-        max_in_flight: args.max_in_flight,
+        answering: args.answering.clone(),
     })
 }
 
