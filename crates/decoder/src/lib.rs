@@ -16,6 +16,7 @@ mod layout;
 mod lora;
 mod model;
 mod pages;
+mod random;
 mod recompute;
 mod rope;
 mod sampling;
