@@ -26,13 +26,21 @@ pub fn mean(values: &[f64]) -> Option<Estimate> {
         return None;
     }
     let n = values.len();
+    let [low, high] = interval(n, RESAMPLES, |drawn| drawn.map(|i| values[i]).sum::<f64>() / n as f64);
+    Some(Estimate { mean: values.iter().sum::<f64>() / n as f64, low, high })
+}
+
+/// The middle 95 % of what `of` makes of `units` units drawn with replacement, so many times; deterministic.
+pub fn interval(
+    units: usize,
+    resamples: usize,
+    of: impl Fn(&mut dyn Iterator<Item = usize>) -> f64,
+) -> [f64; 2] {
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
-    let mut means: Vec<f64> = (0..RESAMPLES)
-        .map(|_| (0..n).map(|_| values[rng.random_range(0..n)]).sum::<f64>() / n as f64)
-        .collect();
-    means.sort_unstable_by(f64::total_cmp);
-    let at = |p: f64| means[(p * (RESAMPLES - 1) as f64).round() as usize];
-    Some(Estimate { mean: values.iter().sum::<f64>() / n as f64, low: at(0.025), high: at(0.975) })
+    let mut values: Vec<f64> =
+        (0..resamples).map(|_| of(&mut (0..units).map(|_| rng.random_range(0..units)))).collect();
+    values.sort_unstable_by(f64::total_cmp);
+    [0.025, 0.975].map(|p: f64| values[(p * (resamples - 1) as f64).round() as usize])
 }
 
 /// The same for values of which some belong together: whole clusters are drawn, so that repeated items do not make an
@@ -45,20 +53,15 @@ pub fn clustered(values: &[f64], clusters: &[&str]) -> Option<Estimate> {
         (*sum, *count) = (*sum + value, *count + 1);
     }
     let sums: Vec<(f64, usize)> = sums.into_values().collect();
-    let total = |parts: &mut dyn Iterator<Item = (f64, usize)>| {
-        let (sum, count) = parts.fold((0.0, 0), |all, part| (all.0 + part.0, all.1 + part.1));
-        sum / count as f64
-    };
     if sums.is_empty() {
         return None;
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
-    let mut means: Vec<f64> = (0..RESAMPLES)
-        .map(|_| total(&mut (0..sums.len()).map(|_| sums[rng.random_range(0..sums.len())])))
-        .collect();
-    means.sort_unstable_by(f64::total_cmp);
-    let at = |p: f64| means[(p * (RESAMPLES - 1) as f64).round() as usize];
-    Some(Estimate { mean: values.iter().sum::<f64>() / values.len() as f64, low: at(0.025), high: at(0.975) })
+    let [low, high] = interval(sums.len(), RESAMPLES, |drawn| {
+        let (sum, count) =
+            drawn.map(|i| sums[i]).fold((0.0, 0), |all, part| (all.0 + part.0, all.1 + part.1));
+        sum / count as f64
+    });
+    Some(Estimate { mean: values.iter().sum::<f64>() / values.len() as f64, low, high })
 }
 
 #[cfg(test)]

@@ -11,14 +11,14 @@ use decoder::{Batch, Decoder};
 use fused_ops::Segments;
 use hub::Hub;
 use minijinja::{Environment, UndefinedBehavior, context, value::Serde};
-use pref_data::{Tokenizer, read_jsonl, row_id, write_atomic, write_jsonl};
+use pref_data::{Tokenizer, read_jsonl, row_id, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::{ChoicesArgs, template_time};
 use crate::bootstrap::{Estimate, clustered};
 use crate::models::{Model, Target};
-use crate::report::{Page, write_page};
+use crate::report::{Page, write_json, write_page};
 use crate::sample::INTERRUPTED;
 
 /// Context before a choice, which follows after a space.
@@ -101,8 +101,7 @@ pub fn run(args: &ChoicesArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         version: env!("CARGO_PKG_VERSION").into(),
     };
     write_jsonl(&args.out.join("items.jsonl"), &rows)?;
-    let text = serde_json::to_string_pretty(&summary)? + "\n";
-    write_atomic(&args.out.join("summary.json"), |out| out.write_all(text.as_bytes()))?;
+    write_json(&args.out.join("summary.json"), &summary)?;
     write_page(&args.out.join("report.html"), Page::Choices, &json!({"summary": summary, "items": rows}))?;
     Ok(table(&summary))
 }

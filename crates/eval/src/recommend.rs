@@ -9,9 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use hub::Hub;
-use pref_data::{
-    Message, Record, Row, Text, layout_of, read_blocks, read_jsonl, row_id, write_atomic, write_jsonl,
-};
+use pref_data::{Message, Record, Row, Text, layout_of, read_blocks, read_jsonl, row_id, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -19,7 +17,7 @@ use crate::args::{AnsweringArgs, RecommendArgs, SampleArgs};
 use crate::bootstrap::{Estimate, mean};
 use crate::compare::preferences;
 use crate::judge::{Judge, Took};
-use crate::report::{Page, write_page};
+use crate::report::{Page, write_json, write_page};
 use crate::sample::{Outcome, Prompt, run_on, tell_line};
 use crate::sampling::SamplingArgs;
 
@@ -76,8 +74,7 @@ pub fn run(args: &RecommendArgs, tell: impl FnMut(usize, usize, usize)) -> Resul
     };
     let rows: Vec<Value> = wins.iter().map(|(id, win)| json!({"id": id, "own_answer_wins": win})).collect();
     write_jsonl(&args.out.join("rows.jsonl"), &rows)?;
-    let text = serde_json::to_string_pretty(&recommendation)? + "\n";
-    write_atomic(&args.out.join("recommend.json"), |out| out.write_all(text.as_bytes()))?;
+    write_json(&args.out.join("recommend.json"), &recommendation)?;
     write_page(&args.out.join("report.html"), Page::Recommend, &json!({"r": recommendation}))?;
     let words = format!(
         "the model's own answer beats the set's winner in {:.3} of {} pairs, 95 % interval [{:.3}, {:.3}]",

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use minijinja::{Environment, value::Serde};
 use pref_data::write_atomic;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::pairs::Score;
@@ -40,6 +41,12 @@ pub enum Page {
     Pairs,
     /// Of `recommend`.
     Recommend,
+}
+
+/// Writes a result as JSON for people and programs.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)? + "\n";
+    Ok(write_atomic(path, |out| out.write_all(text.as_bytes()))?)
 }
 
 /// Writes a self-contained page.

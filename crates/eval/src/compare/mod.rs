@@ -8,14 +8,14 @@ mod winrate;
 use std::fs;
 
 use anyhow::{Context, Result, bail};
-use pref_data::{write_atomic, write_jsonl};
+use pref_data::write_jsonl;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::CompareArgs;
 use crate::bootstrap::{Estimate, clustered};
 use crate::judge::{Judge, Took};
-use crate::report::{Page, write_page};
+use crate::report::{Page, write_json, write_page};
 use runs::{Pair, Run, Shape};
 use statistics::sign_test;
 use winrate::WinRate;
@@ -138,8 +138,7 @@ fn difference(name: &str, pairs: &[&Pair]) -> Option<Difference> {
 }
 
 fn write(args: &CompareArgs, comparison: &Comparison, pairs: &[Pair], verdicts: &[Value]) -> Result<()> {
-    let text = serde_json::to_string_pretty(comparison)? + "\n";
-    write_atomic(&args.out.join("compare.json"), |out| out.write_all(text.as_bytes()))?;
+    write_json(&args.out.join("compare.json"), comparison)?;
     let rows: Vec<Value> = pairs
         .iter()
         .enumerate()

@@ -5,14 +5,12 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use chat_client::ChatMessage;
 use minijinja::{Environment, context};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::regression::{fit, sigmoid};
 use super::runs::Pair;
-use crate::bootstrap::{Estimate, clustered};
+use crate::bootstrap::{Estimate, clustered, interval};
 use crate::judge::{Judge, Took, bracketed};
 use crate::sample::tell_line;
 
@@ -145,18 +143,13 @@ type Won<'a> = (&'a str, f64, f64);
 
 /// An estimate of `of` by resampling clusters of rows.
 fn resampled(rows: &[Won], of: impl Fn(&[Won]) -> f64) -> Estimate {
-    let mut rng = ChaCha8Rng::seed_from_u64(20_240_806);
     let mut clusters: BTreeMap<&str, Vec<Won>> = BTreeMap::new();
     rows.iter().for_each(|row| clusters.entry(row.0).or_default().push(*row));
     let clusters: Vec<Vec<Won>> = clusters.into_values().collect();
-    let draw = |rng: &mut ChaCha8Rng| -> Vec<Won> {
-        (0..clusters.len())
-            .flat_map(|_| clusters[rng.random_range(0..clusters.len())].iter().copied())
-            .collect()
-    };
-    let mut values: Vec<f64> = (0..500).map(|_| of(&draw(&mut rng))).collect();
-    values.sort_unstable_by(f64::total_cmp);
-    Estimate { mean: of(rows), low: values[12], high: values[487] }
+    let [low, high] = interval(clusters.len(), 500, |drawn| {
+        of(&drawn.flat_map(|i| clusters[i].iter().copied()).collect::<Vec<_>>())
+    });
+    Estimate { mean: of(rows), low, high }
 }
 
 #[cfg(test)]

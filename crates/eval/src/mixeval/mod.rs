@@ -12,13 +12,13 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use pref_data::{Message, read_jsonl, write_atomic, write_jsonl};
+use pref_data::{Message, read_jsonl, write_jsonl};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::args::{MixevalArgs, Parser, SampleArgs};
 use crate::judge::{Judge, Took};
-use crate::report::{Page, write_page};
+use crate::report::{Page, write_json, write_page};
 use crate::sample::{Outcome, Prompt, run_on, tell_line};
 use crate::sampling::SamplingArgs;
 use items::{FewShot, Item, Kind, Split, Target, letter};
@@ -300,12 +300,8 @@ fn summary(
 
 fn write(args: &MixevalArgs, scored: &[Scored], summary: &Summary) -> Result<()> {
     write_jsonl(&args.out.join("items.jsonl"), scored)?;
-    let file = |name: &str, value: &Value| -> Result<()> {
-        let text = serde_json::to_string_pretty(value)? + "\n";
-        Ok(write_atomic(&args.out.join(name), |out| out.write_all(text.as_bytes()))?)
-    };
-    file("score.json", &score::reference_layout(scored))?;
-    file("summary.json", &serde_json::to_value(summary)?)?;
+    write_json(&args.out.join("score.json"), &score::reference_layout(scored))?;
+    write_json(&args.out.join("summary.json"), summary)?;
     write_page(&args.out.join("report.html"), Page::Mixeval, &json!({"summary": summary, "items": scored}))
 }
 
