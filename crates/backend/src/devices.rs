@@ -63,7 +63,8 @@ impl Backend {
             Self::Tch => {
                 self.only_one(index)?;
                 fused_ops::libtorch::prepare();
-                Ok(opened(fused_ops::libtorch::cpu(), "LibTorch 2.9 (CPU)".into()))
+                let name = format!("LibTorch {} (CPU)", fused_ops::libtorch::version());
+                Ok(opened(fused_ops::libtorch::cpu(), name))
             }
             #[cfg(feature = "tch")]
             Self::Cuda => {
@@ -76,7 +77,8 @@ impl Backend {
                 self.in_range(index, count)?;
                 fused_ops::libtorch::prepare();
                 let device = fused_ops::libtorch::cuda(index);
-                Ok(opened(device, format!("LibTorch 2.9 (CUDA device {index})")))
+                let version = fused_ops::libtorch::version();
+                Ok(opened(device, format!("LibTorch {version} (CUDA device {index})")))
             }
             #[cfg(feature = "wgpu")]
             Self::Wgpu => wgpu::open(index),
@@ -119,9 +121,10 @@ pub fn devices() -> Vec<String> {
     lines.push(format!("flex 0: CPU, {} threads", threads()));
     #[cfg(feature = "tch")]
     {
-        lines.push(format!("tch 0: CPU, {} threads, LibTorch 2.9", threads()));
+        let version = fused_ops::libtorch::version();
+        lines.push(format!("tch 0: CPU, {} threads, LibTorch {version}", threads()));
         let cuda = 0..fused_ops::libtorch::cuda_devices();
-        lines.extend(cuda.map(|index| format!("cuda {index}: NVIDIA device, LibTorch 2.9")));
+        lines.extend(cuda.map(|index| format!("cuda {index}: NVIDIA device, LibTorch {version}")));
     }
     #[cfg(feature = "wgpu")]
     lines.extend(

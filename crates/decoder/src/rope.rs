@@ -156,16 +156,28 @@ impl Rope {
     }
 
     fn rows(&self, positions: &[u32], dim: usize, lengths: &[usize]) -> Rotary {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let (mut cos, mut sin): (Vec<f32>, Vec<f32>) = (Vec::new(), Vec::new());
         let mut at = 0;
         for &len in lengths {
             let row = &positions[at..at + len];
             let length = row.iter().max().map_or(0, |&last| last as usize + 1);
             let frequencies = self.frequencies(length);
-            for (&position, frequency) in row.iter().flat_map(|p| frequencies.iter().map(move |f| (p, f))) {
-                let angle = position as f32 * frequency;
-                cos.push(angle.cos() * self.attention_factor);
-                sin.push(angle.sin() * self.attention_factor);
+            // Most positions of a batch stand in several of its rows.
+            let mut known = vec![None; length];
+            for &position in row {
+                let place = &mut known[position as usize];
+                if let Some(from) = *place {
+                    let to = from + frequencies.len();
+                    cos.extend_from_within(from..to);
+                    sin.extend_from_within(from..to);
+                    continue;
+                }
+                *place = Some(cos.len());
+                for frequency in &frequencies {
+                    let angle = position as f32 * frequency;
+                    cos.push(angle.cos() * self.attention_factor);
+                    sin.push(angle.sin() * self.attention_factor);
+                }
             }
             at += len;
         }

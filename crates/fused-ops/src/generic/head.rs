@@ -19,7 +19,7 @@ fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Logits of some rows, in `f32`.
-fn logits_of<B: FusedOps>(hidden: Value<B>, w: Value<B>, logits: Logits) -> Value<B> {
+pub fn logits_of<B: FusedOps>(hidden: Value<B>, w: Value<B>, logits: Logits) -> Value<B> {
     let products = Value(B::head_products(hidden.0, w.0));
     let scaled = if logits.scale == 1.0 { products } else { products * logits.scale };
     scaled.softcapped(logits.softcap)

@@ -11,6 +11,8 @@ pub use elementwise::{
     activate, activate_backward, gated, gated_backward, layer_norm, layer_norm_backward, rms_norm,
     rms_norm_backward, rotary,
 };
+#[cfg(feature = "tch")]
+pub use head::logits_of;
 pub use head::{head, head_backward};
 pub use value::Value;
 

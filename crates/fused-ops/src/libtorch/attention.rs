@@ -3,7 +3,8 @@
 //! On the CPU each segment is two calls, one over the prefix and a causal one over its own keys, put together by
 //! their log-sum-exps; the backward pass of each part is exact when it is given the output and the log-sum-exp of
 //! the whole (FlashAttention-2, arXiv 2307.08691, section 2.3). On CUDA all segments are one call of variable
-//! lengths, whose causal mask is aligned at the last key: each query sees the whole prefix.
+//! lengths, whose causal mask is aligned at the last key: each query sees the whole prefix. In 32 bits that is the
+//! memory-efficient kernel (arXiv 2112.05682), which flash attention is not made for.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -24,14 +25,16 @@ pub enum Path {
     Generic,
 }
 
-/// Flash attention caps no scores; that of the CPU has no window, that of CUDA only 16 bits and certain sizes of heads.
+/// These kernels cap no scores; that of the CPU has no window, those of CUDA only certain sizes of heads.
 pub fn path(q: &TchTensor, segments: &Segments, heads: Heads, scores: Scores) -> Path {
     let fits = heads.dim.is_multiple_of(8) && heads.dim <= 256 && !segments.segments().is_empty();
     let longest = segments.segments().iter().map(|s| s.prefix_len + s.len).max().unwrap_or(0);
+    let is_wide = q.tensor.kind() == Kind::Float;
     let windowed = scores.window.is_some_and(|window| window < longest);
     match (scores.softcap, is_cpu(q)) {
         (None, true) if !windowed => Path::Cpu,
-        (None, false) if fits && q.tensor.kind() != Kind::Float && covers(q, segments) => Path::Flash,
+        // The gradients of the kernel for 32 bits are wrong where a window hides keys (LibTorch 2.11).
+        (None, false) if fits && !(is_wide && windowed) && covers(q, segments) => Path::Flash,
         _ => Path::Generic,
     }
 }
@@ -175,26 +178,27 @@ pub fn cpu_backward(
 /// All segments as sequences of variable lengths on a device.
 struct Plan {
     lengths: Lengths,
-    /// Keys of each segment, prefix and own, one after the other.
-    keys: Tensor,
-    /// Which of those go to which key in the backward pass: lists in which each key stands at most once, so that
-    /// sums do not depend on the order in which the device adds.
-    scatter: Vec<[Tensor; 2]>,
+    /// Keys from the first to the last that is seen.
+    total: i64,
+    /// Keys of each segment, prefix and own, one after the other; nothing where that is how they lie.
+    keys: Option<Tensor>,
+    /// Which of those each key is in the backward pass, or one that is none of them: so many lists as a key stands in
+    /// segments at most. Sums do not depend on the order in which the device adds.
+    scatter: Vec<Tensor>,
 }
 
 impl Plan {
     fn new(segments: &Segments, device: tch::Device) -> Self {
         let (mut starts_q, mut starts_k, mut keys) = (vec![0_i32], vec![0_i32], Vec::new());
         let (mut max_q, mut max_k) = (0, 0);
-        let mut lists: Vec<[Vec<i64>; 2]> = Vec::new();
+        let mut lists: Vec<Vec<(usize, i64)>> = Vec::new();
         for row in segments.rows() {
             for (i, s) in row.iter().enumerate() {
                 if lists.len() <= i {
                     lists.push(Default::default());
                 }
                 for key in (s.prefix..s.prefix + s.prefix_len).chain(s.own..s.own + s.len) {
-                    lists[i][0].push(keys.len() as i64);
-                    lists[i][1].push(key as i64);
+                    lists[i].push((key, keys.len() as i64));
                     keys.push(key as i64);
                 }
                 starts_q.push(starts_q.last().copied().unwrap_or(0) + s.len as i32);
@@ -203,14 +207,25 @@ impl Plan {
                 max_k = max_k.max((s.prefix_len + s.len) as i64);
             }
         }
+        let total = segments.extent().1;
         let put = |values: &[i64]| upload(values, &[values.len()], device);
         let starts = |values: &[i32]| upload(values, &[values.len()], device);
         Self {
+            total: total as i64,
             lengths: Lengths { starts_q: starts(&starts_q), starts_k: starts(&starts_k), max_q, max_k },
-            keys: put(&keys),
-            scatter: lists.iter().map(|list| list.each_ref().map(|values| put(values))).collect(),
+            keys: (!keys.iter().copied().eq(0..total as i64)).then(|| put(&keys)),
+            scatter: lists.iter().map(|list| put(&places(list, total, keys.len()))).collect(),
         }
     }
+}
+
+/// For each of all keys its place in a list, or the one behind it.
+fn places(list: &[(usize, i64)], all: usize, behind: usize) -> Vec<i64> {
+    let mut places = vec![behind as i64; all];
+    for &(key, place) in list {
+        places[key] = place;
+    }
+    places
 }
 
 /// The plan of the segments that were last asked for: every layer of a pass has the same.
@@ -238,11 +253,21 @@ fn plan(segments: &Arc<Segments>, device: tch::Device) -> Rc<Plan> {
     })
 }
 
-/// `[tokens, heads, dim]`, and for keys those of the plan.
+/// `[tokens, heads, dim]`, and for keys those of the plan; in 32 bits once for each query head.
 fn operands([q, k, v]: [&Tensor; 3], plan: &Plan, heads: Heads) -> [Tensor; 3] {
-    let split = |x: Tensor, count: usize| x.view([-1, count as i64, heads.dim as i64]);
-    let keys = |x: &Tensor| split(x.index_select(0, &plan.keys), heads.kv);
-    [split(q.contiguous(), heads.query), keys(k), keys(v)]
+    let (kv, group, dim) = (heads.kv as i64, (heads.query / heads.kv) as i64, heads.dim as i64);
+    let keys = |x: &Tensor| {
+        let keys = match &plan.keys {
+            Some(keys) => x.index_select(0, keys),
+            None => x.narrow(0, 0, plan.total).contiguous(),
+        };
+        let keys = keys.view([-1, kv, dim]);
+        if x.kind() != Kind::Float || group == 1 {
+            return keys;
+        }
+        keys.unsqueeze(2).expand([-1, kv, group, dim], false).reshape([-1, kv * group, dim])
+    };
+    [q.contiguous().view([-1, heads.query as i64, dim]), keys(k), keys(v)]
 }
 
 fn window(scores: Scores) -> i64 {
@@ -283,12 +308,24 @@ pub fn flash_backward(
         f64::from(scores.scale),
         window(scores),
     );
+    let (kv, dim) = (heads.kv as i64, heads.dim as i64);
     let scattered = |gradient: Tensor, x: &Tensor| {
-        let gradient = gradient.reshape([-1, x.size()[1]]).to_kind(Kind::Float);
-        let mut total = x.zeros_like().to_kind(Kind::Float);
-        for [from, to] in &plan.scatter {
-            let _ = total.index_add_(0, to, &gradient.index_select(0, from));
-        }
+        let heads = gradient.size()[1];
+        let gradient = match heads / kv {
+            1 => gradient,
+            group => gradient.view([-1, kv, group, dim]).sum_dim_intlist(2i64, false, Kind::Float),
+        };
+        let gradient = gradient.reshape([-1, kv * dim]);
+        let padded = Tensor::cat(
+            &[&gradient, &gradient.new_zeros([1, kv * dim], (gradient.kind(), gradient.device()))],
+            0,
+        );
+        let parts = plan.scatter.iter().map(|places| padded.index_select(0, places).to_kind(Kind::Float));
+        let total = parts.reduce(|sum, part| sum + part);
+        let total = total.unwrap_or_else(|| x.zeros_like().to_kind(Kind::Float));
+        // Keys behind the last segment have none.
+        let behind = x.size()[0] - total.size()[0];
+        let total = if behind > 0 { total.constant_pad_nd([0, 0, 0, behind]) } else { total };
         TchTensor::new(total.to_kind(x.kind()))
     };
     let [q, k, v] = inputs.map(|x| x.tensor);

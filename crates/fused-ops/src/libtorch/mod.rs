@@ -7,8 +7,11 @@
 #![allow(deprecated)]
 
 mod attention;
+mod head;
 mod ops;
 mod optim;
+mod paged;
+mod rotary;
 mod shim;
 
 use burn::backend::DispatchDevice;
@@ -18,6 +21,7 @@ use burn::tensor::{Device, Tensor};
 use tch::Kind;
 
 pub use optim::{adamw, norm};
+pub use shim::version;
 
 /// The CPU.
 pub fn cpu() -> Device {
@@ -110,7 +114,7 @@ fn upload<T: tch::kind::Element>(values: &[T], shape: &[usize], device: tch::Dev
     let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
     let host = tch::Tensor::from_slice(values).reshape(&shape);
     match device {
-        tch::Device::Cpu => host,
-        _ => host.pin_memory(device).to_device_(device, T::KIND, true, false),
+        tch::Device::Cuda(index) => shim::upload(&host, index),
+        _ => host,
     }
 }

@@ -6,13 +6,14 @@ use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
 
-use super::{attention, halves_mut, is_cpu, shim, upload, values, values_mut};
+use super::{attention, halves_mut, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
 use crate::kernels::dither::dither;
 use crate::kernels::head::{self as lm_head, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
-use crate::{Activation, Heads, Logits, Scores, Segments};
+use crate::paged::Span;
+use crate::{Activation, Heads, Logits, Rotary, Scores, Segments};
 
 /// Logits that the head's backward pass holds at a time (64 MiB).
 const LOGITS: usize = 16 << 20;
@@ -46,11 +47,47 @@ impl FusedOps for LibTorch {
     fn write_rows(cache: TchTensor, rows: TchTensor, slots: Vec<u32>) -> TchTensor {
         let slots: Vec<i64> = slots.into_iter().map(i64::from).collect();
         let slots = upload(&slots, &[slots.len()], cache.tensor.device());
-        let mut cache = cache;
-        // In place: a cache belongs to one generator alone.
-        let rows = rows.tensor.to_kind(cache.tensor.kind());
-        cache.tensor = cache.tensor.index_copy_(0, &slots, &rows);
-        cache
+        paged::write(cache, &rows.tensor, &slots)
+    }
+
+    fn paged_attention(
+        q: TchTensor,
+        k: TchTensor,
+        v: TchTensor,
+        keys: TchTensor,
+        values: TchTensor,
+        spans: Arc<Vec<Span>>,
+        heads: Heads,
+        scores: Scores,
+    ) -> Three<Self> {
+        paged::attention([q, k, v], [keys, values], &spans, heads, scores)
+    }
+
+    fn fused_rms_norm(x: TchTensor, w: TchTensor, eps: f32) -> TchTensor {
+        if is_cpu(&x) {
+            return generic::rms_norm::<Self>(Value(x), Value(w), eps).0;
+        }
+        let [rows, weight] = [rows_of(&x.tensor, &w.tensor), w.tensor.to_kind(Kind::Float).flatten(0, -1)];
+        let out = shim::rms_norm(&rows, &weight, eps);
+        TchTensor::new(out.reshape_as(&x.tensor).to_kind(x.tensor.kind()))
+    }
+
+    fn rms_norm_backward(grad: TchTensor, x: TchTensor, w: TchTensor, eps: f32) -> Two<Self> {
+        if is_cpu(&x) {
+            return two(generic::rms_norm_backward::<Self>(Value(grad), Value(x), Value(w), eps));
+        }
+        let [grad, rows] = [&grad, &x].map(|x| rows_of(&x.tensor, &w.tensor));
+        let [dx, dw] =
+            shim::rms_norm_backward(&grad, &rows, &w.tensor.to_kind(Kind::Float).flatten(0, -1), eps);
+        let dw = dw.reshape_as(&w.tensor).to_kind(w.tensor.kind());
+        (TchTensor::new(dx.reshape_as(&x.tensor).to_kind(x.tensor.kind())), TchTensor::new(dw))
+    }
+
+    fn fused_rotary(x: TchTensor, table: Rotary, sign: f32) -> TchTensor {
+        if is_cpu(&x) {
+            return generic::rotary::<Self>(Value(x), &table, sign).0;
+        }
+        rotary::rotary(&x, &table, sign)
     }
 
     fn fused_gated(gate: TchTensor, up: TchTensor, kind: Activation) -> TchTensor {
@@ -129,7 +166,11 @@ impl FusedOps for LibTorch {
     }
 
     fn fused_head(hidden: TchTensor, w: TchTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
-        if !is_cpu(&hidden) {
+        if !is_cpu(&hidden) && !targets.is_empty() {
+            let [logps, stats, lse] = head::forward(&hidden.tensor, &w.tensor, &targets, logits);
+            return (TchTensor::new(logps), TchTensor::new(stats), TchTensor::new(lse));
+        }
+        if targets.is_empty() {
             let [logps, stats, lse] = generic::head::<Self>(Value(hidden), Value(w), &targets, logits);
             return (logps.0, stats.0, lse.0);
         }
@@ -151,7 +192,13 @@ impl FusedOps for LibTorch {
         logits: Logits,
         of_weight: bool,
     ) -> Two<Self> {
-        if !is_cpu(&hidden) {
+        if !is_cpu(&hidden) && !targets.is_empty() {
+            let inputs = [&grad, &hidden, &w, &lse].map(|x| &x.tensor);
+            let (dh, dw) = head::backward(inputs, &targets, logits, of_weight);
+            let dw = dw.unwrap_or_else(|| w.tensor.narrow(0, 0, 0).zeros_like());
+            return (TchTensor::new(dh), TchTensor::new(dw));
+        }
+        if targets.is_empty() {
             let inputs = [grad, hidden, w, lse].map(Value);
             return two(generic::head_backward::<Self>(inputs, &targets, logits, of_weight));
         }
@@ -202,8 +249,13 @@ impl FusedOps for LibTorch {
     }
 }
 
+/// An activation as rows of `f32` that a weight `[1, dim]` norms.
+fn rows_of(x: &Tensor, w: &Tensor) -> Tensor {
+    x.to_kind(Kind::Float).contiguous().view([-1, w.size()[1]])
+}
+
 /// A weight in another data type; from 32 to 16 bits by [`dither`].
-fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
+pub(super) fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
     if w.kind() != Kind::Float || kind != Kind::BFloat16 {
         return w.to_kind(kind);
     }

@@ -6,10 +6,15 @@
 #include <ATen/DeviceAccelerator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
+#include <ATen/ops/_efficient_attention_backward.h>
+#include <ATen/ops/_efficient_attention_forward.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_rms_norm.h>
+#include <ATen/ops/_fused_rms_norm_backward.h>
+#include <torch/version.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -34,6 +39,41 @@ std::vector<at::Tensor> list(at::Tensor *const *tensors, size_t count) {
   return all;
 }
 
+// A mask of attention that is aligned at the last key.
+constexpr int64_t from_bottom_right = 2;
+
+// Most elements whose thresholds are kept: 256 MiB.
+constexpr int64_t most_kept = 64 << 20;
+
+at::Tensor made_thresholds(const at::Tensor &like) {
+  auto mask = [](const at::Tensor &x, int shift) {
+    // A logical shift of the 32 bits, which are signed here.
+    return at::bitwise_and(at::bitwise_right_shift(x, shift), static_cast<int64_t>((1u << (32 - shift)) - 1));
+  };
+  auto i = at::arange(like.numel(), like.options());
+  i = at::bitwise_xor(i, mask(i, 16)).mul_(static_cast<int32_t>(0x85ebca6bu));
+  i = at::bitwise_xor(i, mask(i, 13)).mul_(static_cast<int32_t>(0xc2b2ae35u));
+  return mask(i, 16);
+}
+
+// The thresholds of a weight's elements, which only depend on their places: kept for the next weight.
+at::Tensor thresholds(const at::Tensor &like) {
+  thread_local at::Tensor kept;
+  if (like.numel() > most_kept)
+    return made_thresholds(like);
+  if (!kept.defined() || kept.device() != like.device() || kept.numel() < like.numel())
+    kept = made_thresholds(like);
+  return kept.narrow(0, 0, like.numel());
+}
+
+// Kernels of attention add in a fixed order only where LibTorch is strict about it.
+struct Strict {
+  bool was = at::globalContext().deterministicAlgorithmsWarnOnly();
+  bool on = at::globalContext().deterministicAlgorithms();
+  Strict() { at::globalContext().setDeterministicAlgorithms(on, false); }
+  ~Strict() { at::globalContext().setDeterministicAlgorithms(on, was); }
+};
+
 template <typename F> char *guarded(F &&body) {
   try {
     c10::NoGradGuard no_grad;
@@ -49,6 +89,9 @@ template <typename F> char *guarded(F &&body) {
 extern "C" {
 
 void shim_free(char *text) { std::free(text); }
+
+// Version of the library that this was built with.
+const char *shim_version() { return TORCH_VERSION; }
 
 // One AdamW step of `count` parameters with the same settings, in place. `divisor` divides the gradients, or is null.
 char *shim_adamw(at::Tensor *const *parameters, at::Tensor *const *gradients, at::Tensor *const *first,
@@ -104,6 +147,7 @@ char *shim_flash_backward(const at::Tensor *grad, const at::Tensor *q, const at:
       left = window - 1;
       right = 0;
     }
+    Strict strict;
     // Only read where there is dropout.
     auto random = at::empty({2}, q->options().dtype(at::kUInt64));
     auto unused = at::empty({}, q->options().dtype(at::kUInt64));
@@ -115,27 +159,79 @@ char *shim_flash_backward(const at::Tensor *grad, const at::Tensor *q, const at:
   });
 }
 
+// The same in 32 bits, whose keys have as many heads as the queries.
+char *shim_efficient_forward(const at::Tensor *q, const at::Tensor *k, const at::Tensor *v, const at::Tensor *starts_q,
+                             const at::Tensor *starts_k, int64_t max_q, int64_t max_k, double scale, int64_t window,
+                             at::Tensor **out, at::Tensor **lse) {
+  return guarded([&] {
+    auto seen = window > 0 ? std::optional<int64_t>(window) : std::nullopt;
+    auto result = at::_efficient_attention_forward(q->unsqueeze(0), k->unsqueeze(0), v->unsqueeze(0), {}, *starts_q,
+                                                   *starts_k, max_q, max_k, 0.0, from_bottom_right, true, scale, {},
+                                                   seen);
+    *out = new at::Tensor(std::get<0>(result).squeeze(0));
+    *lse = new at::Tensor(std::get<1>(result));
+  });
+}
+
+char *shim_efficient_backward(const at::Tensor *grad, const at::Tensor *q, const at::Tensor *k, const at::Tensor *v,
+                              const at::Tensor *out, const at::Tensor *lse, const at::Tensor *starts_q,
+                              const at::Tensor *starts_k, int64_t max_q, int64_t max_k, double scale, int64_t window,
+                              at::Tensor **dq, at::Tensor **dk, at::Tensor **dv) {
+  return guarded([&] {
+    auto seen = window > 0 ? std::optional<int64_t>(window) : std::nullopt;
+    Strict strict;
+    // Only read where there is dropout.
+    auto unused = at::empty({}, at::TensorOptions().dtype(at::kLong));
+    auto result = at::_efficient_attention_backward(
+        grad->unsqueeze(0), q->unsqueeze(0), k->unsqueeze(0), v->unsqueeze(0), {}, out->unsqueeze(0), *starts_q,
+        *starts_k, max_q, max_k, *lse, 0.0, unused, unused, from_bottom_right, false, scale, {}, seen);
+    *dq = new at::Tensor(std::get<0>(result).squeeze(0));
+    *dk = new at::Tensor(std::get<1>(result).squeeze(0));
+    *dv = new at::Tensor(std::get<2>(result).squeeze(0));
+  });
+}
+
+// Root-mean-square norm of rows of f32.
+char *shim_rms_norm(const at::Tensor *x, const at::Tensor *w, double eps, at::Tensor **out) {
+  return guarded([&] { *out = new at::Tensor(std::get<0>(at::_fused_rms_norm(*x, w->sizes(), *w, eps))); });
+}
+
+char *shim_rms_norm_backward(const at::Tensor *grad, const at::Tensor *x, const at::Tensor *w, double eps,
+                             at::Tensor **dx, at::Tensor **dw) {
+  return guarded([&] {
+    auto rstd = std::get<1>(at::_fused_rms_norm(*x, w->sizes(), *w, eps));
+    auto result = at::_fused_rms_norm_backward(*grad, *x, w->sizes(), rstd, *w, {true, true});
+    *dx = new at::Tensor(std::get<0>(result));
+    *dw = new at::Tensor(std::get<1>(result));
+  });
+}
+
+// A tensor of the host on a device; nothing waits for the copy.
+char *shim_upload(const at::Tensor *host, int device, at::Tensor **out) {
+  return guarded([&] {
+    c10::Device to(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    *out = new at::Tensor(host->pin_memory().to(to, host->scalar_type(), true));
+  });
+}
+
 // f32 to bf16, rounded up from a threshold that depends on the place of each element: see kernels/dither.rs.
 char *shim_dither(const at::Tensor *weight, at::Tensor **out) {
   return guarded([&] {
     auto bits = weight->contiguous().view(at::kInt).flatten();
-    auto mask = [](const at::Tensor &x, int shift) {
-      // A logical shift of the 32 bits, which are signed here.
-      return at::bitwise_and(at::bitwise_right_shift(x, shift), static_cast<int64_t>((1u << (32 - shift)) - 1));
-    };
-    auto i = at::arange(bits.numel(), bits.options());
-    i = at::bitwise_xor(i, mask(i, 16)).mul_(static_cast<int32_t>(0x85ebca6bu));
-    i = at::bitwise_xor(i, mask(i, 13)).mul_(static_cast<int32_t>(0xc2b2ae35u));
-    auto special = at::bitwise_and(bits, 0x7f800000).eq(0x7f800000);
-    auto up = mask(i, 16).masked_fill_(special, 0);
-    auto high = at::bitwise_right_shift(bits + up, 16).to(at::kShort);
+    // Infinity stays what it is: its lower half is 0, so that nothing is carried.
+    auto sum = bits + thresholds(bits);
+    auto high = sum.view(at::kShort).view({-1, 2}).select(1, 1).contiguous();
     *out = new at::Tensor(high.view(at::kBFloat16).view(weight->sizes()));
   });
 }
 
 // Sums in an order of their own, so that a run that is resumed ends with the same bits; a warning where a kernel has none.
 char *shim_deterministic() {
-  return guarded([&] { at::globalContext().setDeterministicAlgorithms(true, true); });
+  return guarded([&] {
+    at::globalContext().setDeterministicAlgorithms(true, true);
+    // Memory that is about to be written need not be filled before.
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+  });
 }
 
 // Bytes that the allocator has had in use at most on a device, and the device's memory; zeros where that is not known.

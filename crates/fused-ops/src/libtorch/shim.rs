@@ -5,11 +5,12 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr::null_mut;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
     fn shim_free(text: *mut c_char);
+    fn shim_version() -> *const c_char;
     fn shim_adamw(
         parameters: *const *const C_tensor,
         gradients: *const *const C_tensor,
@@ -55,9 +56,60 @@ unsafe extern "C" {
         dk: *mut *mut C_tensor,
         dv: *mut *mut C_tensor,
     ) -> *mut c_char;
+    fn shim_efficient_forward(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        starts_q: *const C_tensor,
+        starts_k: *const C_tensor,
+        max_q: i64,
+        max_k: i64,
+        scale: f64,
+        window: i64,
+        out: *mut *mut C_tensor,
+        lse: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn shim_efficient_backward(
+        grad: *const C_tensor,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        out: *const C_tensor,
+        lse: *const C_tensor,
+        starts_q: *const C_tensor,
+        starts_k: *const C_tensor,
+        max_q: i64,
+        max_k: i64,
+        scale: f64,
+        window: i64,
+        dq: *mut *mut C_tensor,
+        dk: *mut *mut C_tensor,
+        dv: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn shim_rms_norm(
+        x: *const C_tensor,
+        w: *const C_tensor,
+        eps: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn shim_rms_norm_backward(
+        grad: *const C_tensor,
+        x: *const C_tensor,
+        w: *const C_tensor,
+        eps: f64,
+        dx: *mut *mut C_tensor,
+        dw: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn shim_upload(host: *const C_tensor, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     fn shim_dither(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     fn shim_deterministic() -> *mut c_char;
     fn shim_memory(device: c_int, peak: *mut u64, total: *mut u64) -> *mut c_char;
+}
+
+/// Version of LibTorch that this was built with, such as 2.9.0.
+pub fn version() -> String {
+    // SAFETY: a constant of the program.
+    unsafe { CStr::from_ptr(shim_version()) }.to_string_lossy().into_owned()
 }
 
 /// Panics with LibTorch's own words, as its Rust bindings do: a shape or a data type is wrong.
@@ -133,12 +185,14 @@ pub struct Lengths {
     pub max_k: i64,
 }
 
-/// Output and log-sum-exp of causal attention, aligned at the last key; `window` 0 has none.
+/// Output and log-sum-exp of causal attention, aligned at the last key; `window` 0 has none. In 32 bits keys have as
+/// many heads as queries.
 pub fn flash([q, k, v]: [&Tensor; 3], lengths: &Lengths, scale: f64, window: i64) -> (Tensor, Tensor) {
+    let kernel = if q.kind() == Kind::Float { shim_efficient_forward } else { shim_flash_forward };
     let (mut out, mut lse) = (null_mut(), null_mut());
     // SAFETY: the tensors live as long as the call.
     check(unsafe {
-        shim_flash_forward(
+        kernel(
             q.as_ptr(),
             k.as_ptr(),
             v.as_ptr(),
@@ -165,9 +219,10 @@ pub fn flash_backward(
     window: i64,
 ) -> [Tensor; 3] {
     let [mut dq, mut dk, mut dv] = [null_mut(); 3];
+    let kernel = if q.kind() == Kind::Float { shim_efficient_backward } else { shim_flash_backward };
     // SAFETY: the tensors live as long as the call.
     check(unsafe {
-        shim_flash_backward(
+        kernel(
             grad.as_ptr(),
             q.as_ptr(),
             k.as_ptr(),
@@ -186,6 +241,33 @@ pub fn flash_backward(
         )
     });
     [dq, dk, dv].map(owned)
+}
+
+/// Root-mean-square norm of rows of 32 bits.
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
+    let mut out = null_mut();
+    // SAFETY: the tensors live as long as the call.
+    check(unsafe { shim_rms_norm(x.as_ptr(), w.as_ptr(), f64::from(eps), &raw mut out) });
+    owned(out)
+}
+
+/// Its gradients of the rows and of the weight.
+pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, w: &Tensor, eps: f32) -> [Tensor; 2] {
+    let [mut dx, mut dw] = [null_mut(); 2];
+    let eps = f64::from(eps);
+    // SAFETY: the tensors live as long as the call.
+    check(unsafe {
+        shim_rms_norm_backward(grad.as_ptr(), x.as_ptr(), w.as_ptr(), eps, &raw mut dx, &raw mut dw)
+    });
+    [dx, dw].map(owned)
+}
+
+/// A tensor of the host on a CUDA device, copied from pinned memory, which nothing waits for.
+pub fn upload(host: &Tensor, device: usize) -> Tensor {
+    let mut out = null_mut();
+    // SAFETY: the tensor lives as long as the call; the copy keeps what it reads.
+    check(unsafe { shim_upload(host.as_ptr(), device as c_int, &raw mut out) });
+    owned(out)
 }
 
 /// A weight of 32 bits as [`crate::kernels::dither`] rounds it, on its device.
