@@ -140,3 +140,30 @@ fn a_sequence_without_room_is_refused() {
         Scores::scaled(1.0),
     );
 }
+
+#[test]
+fn what_a_page_held_before_does_not_matter() {
+    let (heads, scores) = (Heads { query: 2, kv: 1, dim: 16 }, Scores::scaled(0.25));
+    let span = |len, seen, query| Span { query, len, seen, pages: vec![0] };
+    for narrow in [false, true] {
+        let [q, k, v] = [32, 16, 16].map(|width| random(7, width));
+        let run = |mut cache: Cache| {
+            let mut outs = Vec::new();
+            // A prompt of six tokens, then one more.
+            for (from, len) in [(0, 6), (6, 1)] {
+                let part = [&q, &k, &v].map(|x| x.clone().narrow(0, from, len));
+                let out;
+                (out, cache) =
+                    cached_attention(part, cache, &Arc::new(vec![span(len, from, 0)]), heads, scores);
+                outs.extend(host(&out));
+            }
+            outs
+        };
+        let want = run(Cache::new(&q, narrow, 1, heads));
+        let broken = [32, 16, 16].map(|width| random(PAGE, width) * f32::NAN);
+        let cache = Cache::new(&q, narrow, 1, heads);
+        let (_, cache) = cached_attention(broken, cache, &Arc::new(vec![span(PAGE, 0, 0)]), heads, scores);
+        assert_eq!(run(cache), want);
+        assert!(want.iter().all(|value| value.is_finite()));
+    }
+}

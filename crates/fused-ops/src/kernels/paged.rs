@@ -39,6 +39,10 @@ pub fn write<T: Element>(new: [&[f32]; 2], cache: [&mut [T]; 2], spans: &[Span],
     let [keys, values] = caches.map(|cache| chosen(cache, &numbers, PAGE * width));
     let pages = parts.into_par_iter().zip(keys).zip(values);
     pages.for_each(|(((_, span, first), keys), values)| {
+        if first >= span.seen && first + PAGE > span.tokens() {
+            // Probabilities of 0 do not take away a value that is not a number, left by a sequence before.
+            values.fill(T::of(0.0));
+        }
         for token in first.max(span.seen)..(first + PAGE).min(span.tokens()) {
             let (at, row) = (token - first, (span.query + token - span.seen) * width);
             for head in 0..heads.kv {
