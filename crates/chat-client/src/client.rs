@@ -15,7 +15,6 @@ use crate::batch::Batches;
 use crate::cost::{Ledger, Price};
 use crate::endpoint::{Endpoint, Endpoints, Failure};
 use crate::flow::Passed;
-use crate::provider::Provider;
 use crate::retry::delay;
 use crate::settings::{Closed, Counts, Settings, Source, Stored, Streaming};
 use crate::store::{ReplyStore, StoredReply};
@@ -204,6 +203,9 @@ impl Client {
                 };
             reached |= failure.reached;
             tracing::debug!(attempt, url = endpoint.url, reason = failure.reason, "attempt failed");
+            if failure.renamed {
+                continue;
+            }
             let others = self.endpoints.others(endpoint);
             if let Some(status) = failure.fatal {
                 let refused = Error::Refused { url: endpoint.url.clone(), status, body: failure.reason };
@@ -267,10 +269,7 @@ impl Client {
         started: &mut Option<Instant>,
     ) -> Result<Result<Stored, Failure>, Option<Error>> {
         let stream = self.streams.load(Ordering::Relaxed);
-        let body = match endpoint.provider {
-            Provider::OpenAi if !stream => plain.clone(),
-            other => Bytes::from(other.body(request, stream).to_string()),
-        };
+        let body = endpoint.body(request, plain, stream);
         let turn = self.unless_closed(endpoint.pace.reserve(body.len(), request.max_tokens));
         let call = turn.await.ok_or(None)?;
         let room = self.unless_closed(self.ledger.reserve(&request.model, call.input, call.output));
@@ -300,12 +299,14 @@ impl Client {
                 self.keep(key, &body, &reply, latency_ms, attempt).await.map_err(Some)?;
                 return Ok(Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt }));
             }
-            Err(failure) => failure,
+            Err(failure) => Failure { renamed: endpoint.renames_limit(&body, &failure), ..failure },
         };
         // What the server may bill for a call without a reply: at least its request.
         let prompt_tokens = if failure.worked { call.input as u64 } else { 0 };
         self.ledger.settle(&request.model, reserved, Usage { prompt_tokens, ..Usage::default() });
-        endpoint.ail(failure.reached);
+        if !failure.renamed {
+            endpoint.ail(failure.reached);
+        }
         if failure.overload {
             self.totals.refused.fetch_add(1, Ordering::Relaxed);
             endpoint.pace.refused();

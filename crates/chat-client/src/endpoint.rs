@@ -1,6 +1,6 @@
 //! One server: its connections, budgets, calls in flight, and whether it is well.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +16,7 @@ use crate::pace::{Budgets, Pace, Told, span};
 use crate::provider::Provider;
 use crate::retry::{is_overload, is_transient, retry_after};
 use crate::stream::Collected;
-use crate::{Error, Reply};
+use crate::{ChatRequest, Error, Reply};
 
 /// Calls that share an HTTP/2 connection at most: usual servers allow a hundred streams.
 const STREAMS: usize = 100;
@@ -55,6 +55,8 @@ pub struct Failure {
     pub cut: bool,
     /// The server has probably worked on it: it may bill it.
     pub worked: bool,
+    /// It goes again at once, in the form that the server wants.
+    pub renamed: bool,
 }
 
 #[derive(Debug)]
@@ -78,6 +80,8 @@ pub struct Endpoint {
     next: AtomicUsize,
     health: Mutex<Health>,
     max_body: usize,
+    /// It wants `max_completion_tokens`, as OpenAI's newer models do.
+    new_limit: AtomicBool,
 }
 
 impl Endpoint {
@@ -118,6 +122,7 @@ impl Endpoint {
             next: AtomicUsize::new(0),
             health: Mutex::new(Health { ill_until: None, failures: 0, refused: None }),
             max_body,
+            new_limit: AtomicBool::new(false),
         })
     }
 
@@ -159,6 +164,35 @@ impl Endpoint {
         let mut health = self.health();
         health.failures = 0;
         health.ill_until = None;
+    }
+
+    /// The body for this server: the one that is made already, or another.
+    pub(crate) fn body(&self, request: &ChatRequest, plain: &Bytes, stream: bool) -> Bytes {
+        let renamed = self.new_limit.load(Ordering::Relaxed);
+        if self.provider == Provider::OpenAi && !stream && !renamed {
+            return plain.clone();
+        }
+        let mut body = self.provider.body(request, stream);
+        if renamed
+            && let Some(body) = body.as_object_mut()
+            && let Some(limit) = body.remove("max_tokens")
+        {
+            body.insert("max_completion_tokens".into(), limit);
+        }
+        Bytes::from(body.to_string())
+    }
+
+    /// True where a request was refused only for the old name of its limit; it then goes by the new one.
+    pub(crate) fn renames_limit(&self, sent: &[u8], failure: &Failure) -> bool {
+        let old = String::from_utf8_lossy(sent).contains("\"max_tokens\":");
+        let renames = self.provider == Provider::OpenAi
+            && failure.fatal == Some(400)
+            && old
+            && failure.reason.contains("max_completion_tokens");
+        if renames {
+            self.new_limit.store(true, Ordering::Relaxed);
+        }
+        renames
     }
 
     /// A client for another path of the same server, with the key in place.
@@ -268,7 +302,16 @@ impl Endpoint {
 
 impl Failure {
     fn of(reason: String) -> Self {
-        Self { reason, asked: None, reached: true, fatal: None, overload: false, cut: false, worked: false }
+        Self {
+            reason,
+            asked: None,
+            reached: true,
+            fatal: None,
+            overload: false,
+            cut: false,
+            worked: false,
+            renamed: false,
+        }
     }
 
     /// The request's time is over.

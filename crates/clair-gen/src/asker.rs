@@ -6,6 +6,9 @@ use chat_client::{ChatMessage, ChatRequest, Client, Error, Reply, Source, Usage}
 use crate::output::Failed;
 use crate::parse::Reason;
 
+/// Reason of rows for which no reply could be had.
+pub const REQUEST_FAILED: &str = "request_failed";
+
 /// What the requests for one row took.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Spent {
@@ -65,7 +68,7 @@ impl Asker {
                 Ok(Some(stored)) => stored,
                 Ok(None) => return Ok(Asked::Stopped),
                 Err(error) if error.is_setup() => return Err(explain(error)),
-                Err(error) => return Ok(failed("request_failed", error.attempts(), error.to_string())),
+                Err(error) => return Ok(failed(REQUEST_FAILED, error.attempts(), error.to_string())),
             };
             let is_new = stored.source == Source::Server;
             spent.usage += stored.reply.usage();

@@ -76,6 +76,34 @@ fn gates_and_verification_leave_pairs_out() {
 }
 
 #[test]
+fn a_judge_that_cannot_be_asked_is_asked_again_and_pairs_are_not_paid_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    write_rows(dir.path(), (0..3).map(|i| row(i, &format!("question {i}"), &format!("answer {i}"))));
+    let (calm, broken) = (calm(), start(Behaviour { fails: true, ..Behaviour::default() }));
+    succeeds(&run(dir.path(), &calm.url(), &[]));
+    run(dir.path(), &broken.url(), &["--verify", "--retries", "1"]);
+    let failed = lines(&dir.path().join("pairs/failed.jsonl"));
+    assert!(failed.len() == 3 && failed.iter().all(|row| row["reason"] == "request_failed"), "{failed:?}");
+    succeeds(&run(dir.path(), &calm.url(), &["--verify", "--retry-failed"]));
+    assert!(pairs(dir.path()).iter().all(|row| row["verified"] == true));
+    assert_eq!((calm.count("good"), calm.counts().paid_again()), (3 + 2 * 3, 0));
+}
+
+#[test]
+fn a_server_that_wants_the_new_name_of_the_limit_gets_it() {
+    let (old, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = start(Behaviour { new_limit: true, latency_ms: 5.0, ..Behaviour::default() });
+    for (dir, url) in [(&old, calm().url()), (&new, server.url())] {
+        write_input(dir.path());
+        let flags = ["--max-tokens", "300", "--max-in-flight", "8", "--retries", "0"];
+        succeeds(&run(dir.path(), &url, &flags));
+    }
+    assert_eq!(revisions(new.path()), revisions(old.path()));
+    assert!((1..=8).contains(&server.count("old_limit")), "{} asked in vain", server.count("old_limit"));
+    assert_eq!((server.count("good"), server.counts().paid_again()), (ROWS, 0));
+}
+
+#[test]
 fn every_interface_gives_the_same_pairs() {
     let server = calm();
     let refuses = start(Behaviour { no_schema: true, ..Behaviour::default() });

@@ -54,6 +54,9 @@ pub struct Behaviour {
     /// Requests with a schema for the reply are refused.
     #[arg(long)]
     pub no_schema: bool,
+    /// Requests with `max_tokens` are refused: the limit is `max_completion_tokens`.
+    #[arg(long)]
+    pub new_limit: bool,
     /// Longest time a reply that is not streamed may take, in milliseconds: then the connection is cut. 0 is without.
     #[arg(long, default_value_t = 0)]
     pub cut_after_ms: u64,

@@ -100,6 +100,10 @@ async fn chat(body: &Bytes, shared: &Shared, is_anthropic: bool) -> Answer {
         count("no_schema");
         return status(400, "response_format is not supported");
     }
+    if behaviour.new_limit && !request["max_tokens"].is_null() {
+        count("old_limit");
+        return status(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.");
+    }
     let said = said(&request, behaviour.words, &shared.script);
     let decision = shared.limits.take((said.prompt_tokens + said.completion_tokens) as f64);
     if !decision.passes {

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::{DropUnverified, Methods, Row, judge};
-use crate::asker::{Asked, Spent};
+use crate::asker::{Asked, REQUEST_FAILED, Spent};
 use crate::output::{Failed, Pair};
 use crate::parse::verdict::Verdict;
 
@@ -15,6 +15,8 @@ pub async fn pair(methods: &Methods, mut pair: Pair, spent: &mut Spent) -> Resul
         Asked::Got(Verdict::A, _) => (Some(true), "the judge prefers the chosen text"),
         Asked::Got(Verdict::B, _) => (Some(false), "the judge prefers the rejected text in both orders"),
         Asked::Got(Verdict::Tie, _) => (Some(false), "the judge has no preference that holds in both orders"),
+        // The judge could not be asked, which --retry-failed does; what is bought stays in the store.
+        Asked::Failed(failed) if failed.reason == REQUEST_FAILED => return Ok(Row::Failed(failed)),
         Asked::Failed(_) => (None, "the judge's replies could not be read"),
         Asked::Stopped => return Ok(Row::Stopped),
     };
