@@ -43,6 +43,9 @@ pub enum Command {
     /// How contrastive, long, repetitive and biased a preference set is, perhaps beside a second one.
     #[command(after_help = DATA_EXAMPLES, args_override_self = true)]
     Data(DataArgs),
+    /// The page of one training run: curves, answers before and after, its data and its configuration.
+    #[command(after_help = RUN_EXAMPLES, args_override_self = true)]
+    Run(RunArgs),
 }
 
 const SAMPLE_EXAMPLES: &str = "\
@@ -83,6 +86,22 @@ Examples:
   eval data --dataset pairs/ --out reports/pairs
   eval data --dataset ContextualAI/ultrafeedback_clair_32k --against judged.parquet --out reports/both
   eval data --dataset pairs/ --model models/SmolLM2-135M-Instruct --out reports/tokens";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  eval run runs/apo
+  eval run runs/apo --out reports/apo";
+
+/// Flags of `run`.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Directory that `train` has written.
+    #[arg(value_name = "DIR")]
+    pub run: PathBuf,
+    /// Directory for report.html [default: that of the run].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
 
 /// Flags of `sample`.
 #[derive(Debug, Clone, Args)]

@@ -12,6 +12,7 @@ use chat_client::{
 use clap::Args;
 use futures_util::StreamExt;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::sample::{INTERRUPTED, tell_line};
 
@@ -221,6 +222,19 @@ impl Judge {
             messages.push(ChatMessage::user(reminder));
         }
         Ok(Some(verdict))
+    }
+}
+
+/// A prompt as a judge reads it: the user's words alone, or all messages with their roles.
+pub fn conversation(prompt: &Value) -> String {
+    let content = |message: &Value| message["content"].as_str().unwrap_or_default().to_string();
+    match prompt.as_array().map(Vec::as_slice) {
+        None => prompt.as_str().unwrap_or_default().to_string(),
+        Some([one]) => content(one),
+        Some(all) => {
+            let part = |m: &Value| format!("{}: {}", m["role"].as_str().unwrap_or("?"), content(m));
+            all.iter().map(part).collect::<Vec<_>>().join("\n\n")
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! Samples from models and measures them: `sample`, `pairs`, `mixeval`, `choices`, `compare`,
-//! `recommend` and `data`.
+//! `recommend`, `data` and `run`.
 //!
 //! Never depends on the trainer: a model is what its directory holds.
 
@@ -17,6 +17,7 @@ pub mod models;
 pub mod pairs;
 pub mod recommend;
 pub mod report;
+pub mod run;
 pub mod sample;
 pub mod sampling;
 pub mod score;

@@ -1,6 +1,6 @@
 //! The `eval` command.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -12,7 +12,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use eval::args::{Cli, Command, MixevalArgs, SampleArgs};
 use eval::sample::{INTERRUPTED, Outcome};
-use eval::{choices, compare, data, mixeval, pairs, recommend, sample};
+use eval::{choices, compare, data, mixeval, pairs, recommend, run, sample};
 use indicatif::{ProgressBar, ProgressStyle};
 
 #[global_allocator]
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     if let Err(error) = handler {
         eprintln!("warning: no Ctrl-C handling: {error}");
     }
-    match run(&cli.command) {
+    match execute(&cli.command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 #[allow(clippy::print_stderr)]
-fn run(command: &Command) -> Result<ExitCode> {
+fn execute(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Sample(args) => match answer(args)? {
             Outcome::Done { answers } => {
@@ -81,6 +81,10 @@ fn run(command: &Command) -> Result<ExitCode> {
             show(recommend::run(args, |done, all, tokens| progress.tell(done, all, tokens))?, &args.out)
         }
         Command::Pairs(args) => show(Some(pairs::run(args, |text| eprintln!("{text}"))?), &args.out),
+        Command::Run(args) => {
+            let out = args.out.as_ref().unwrap_or(&args.run);
+            show(Some(run::run(args, |text| eprintln!("{text}"))?), out)
+        }
         Command::Data(args) => show(Some(data::run(args, |text| eprintln!("{text}"))?), &args.out),
     }
 }
@@ -105,7 +109,8 @@ fn answer(args: &SampleArgs) -> Result<Outcome> {
 /// A bar on a terminal, a line every few seconds elsewhere.
 struct Progress {
     bar: Option<ProgressBar>,
-    started: Instant,
+    /// When the first step was done, which reading the model is not part of, and the tokens then.
+    begun: Cell<Option<(Instant, usize)>>,
     last: RefCell<Instant>,
 }
 
@@ -115,12 +120,17 @@ impl Progress {
             let style = ProgressStyle::with_template("sample {bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, started: Instant::now(), last: RefCell::new(Instant::now()) }
+        Self { bar, begun: Cell::new(None), last: RefCell::new(Instant::now()) }
     }
 
     #[allow(clippy::print_stderr)]
     fn tell(&self, done: usize, all: usize, tokens: usize) {
-        let speed = tokens as f64 / self.started.elapsed().as_secs_f64();
+        let (begun, before) = self.begun.get().unwrap_or_else(|| {
+            let now = (Instant::now(), tokens);
+            self.begun.set(Some(now));
+            now
+        });
+        let speed = tokens.saturating_sub(before) as f64 / begun.elapsed().as_secs_f64().max(1e-3);
         if let Some(bar) = &self.bar {
             bar.set_length(all as u64);
             bar.set_position(done as u64);

@@ -15,14 +15,17 @@ use serde_json::{Value, json};
 
 use crate::args::{AnsweringArgs, RecommendArgs, SampleArgs};
 use crate::bootstrap::{Estimate, mean};
-use crate::compare::preferences;
-use crate::judge::{Judge, Took};
+use crate::compare::{Said, preferences};
+use crate::judge::{Judge, Took, conversation};
 use crate::report::{Page, write_json, write_page};
 use crate::sample::{Outcome, Prompt, run_on, tell_line};
 use crate::sampling::SamplingArgs;
 
 /// Fewer pairs than these cannot tell.
 const FEWEST: usize = 30;
+
+/// Pairs that the report shows.
+const SHOWN: usize = 100;
 
 /// Contents of `recommend.json`.
 #[derive(Debug, Serialize)]
@@ -56,8 +59,8 @@ pub fn run(args: &RecommendArgs, tell: impl FnMut(usize, usize, usize)) -> Resul
         Some(file) => by_scores(args, file)?,
         None => by_judge(args, tell)?,
     };
-    let Some((wins, took)) = found else { return Ok(None) };
-    let read: Vec<f64> = wins.iter().filter_map(|(_, win)| *win).collect();
+    let Some((rows, took)) = found else { return Ok(None) };
+    let read: Vec<f64> = rows.iter().filter_map(|row| row["own_answer_wins"].as_f64()).collect();
     let own = mean(&read).context("nothing could be compared")?;
     let (loss_type, reason) = advice(own, read.len());
     let recommendation = Recommendation {
@@ -65,17 +68,17 @@ pub fn run(args: &RecommendArgs, tell: impl FnMut(usize, usize, usize)) -> Resul
         reason,
         own_answer_wins: own,
         pairs: read.len(),
-        unread: wins.len() - read.len(),
+        unread: rows.len() - read.len(),
         model: args.model.clone(),
         dataset: args.dataset.clone(),
         by: args.judge.judge_model.clone().unwrap_or_else(|| "scores".into()),
         judge: took,
         version: env!("CARGO_PKG_VERSION").into(),
     };
-    let rows: Vec<Value> = wins.iter().map(|(id, win)| json!({"id": id, "own_answer_wins": win})).collect();
     write_jsonl(&args.out.join("rows.jsonl"), &rows)?;
     write_json(&args.out.join("recommend.json"), &recommendation)?;
-    write_page(&args.out.join("report.html"), Page::Recommend, &json!({"r": recommendation}))?;
+    let page = json!({"r": recommendation, "rows": rows.iter().take(SHOWN).collect::<Vec<_>>()});
+    write_page(&args.out.join("report.html"), Page::Recommend, &page)?;
     let words = format!(
         "the model's own answer beats the set's winner in {:.3} of {} pairs, 95 % interval [{:.3}, {:.3}]",
         own.mean, recommendation.pairs, own.low, own.high
@@ -105,11 +108,11 @@ fn advice(own: Estimate, pairs: usize) -> (Option<&'static str>, String) {
     (None, reason.into())
 }
 
-/// Wins of the model's own answer by row.
-type Wins = Vec<(String, Option<f64>)>;
+/// For each pair its id and whether the model's own answer wins.
+type Rows = Vec<Value>;
 
 /// From scores that a reward model has given.
-fn by_scores(args: &RecommendArgs, file: &Path) -> Result<Option<(Wins, Option<Took>)>> {
+fn by_scores(args: &RecommendArgs, file: &Path) -> Result<Option<(Rows, Option<Took>)>> {
     if args.judge.judge_endpoint.is_some() || args.model.is_some() || args.rows.is_some() {
         bail!("--scores has the comparison already: --model, --rows and a judge have no effect with it");
     }
@@ -119,23 +122,23 @@ fn by_scores(args: &RecommendArgs, file: &Path) -> Result<Option<(Wins, Option<T
         };
         let (own, winner) = (score("own_score")?, score("chosen_score")?);
         let win = if own > winner { 1.0 } else { f64::from(u8::from(own == winner)) / 2.0 };
-        Ok((row_id(row.get("id"), number), Some(win)))
+        Ok(json!({"id": row_id(row.get("id"), number), "own_answer_wins": win}))
     };
-    let wins = read_jsonl(file)?.into_iter().enumerate().map(row).collect::<Result<Wins>>()?;
-    Ok(Some((wins, None)))
+    let rows = read_jsonl(file)?.into_iter().enumerate().map(row).collect::<Result<Rows>>()?;
+    Ok(Some((rows, None)))
 }
 
 fn by_judge(
     args: &RecommendArgs,
     tell: impl FnMut(usize, usize, usize),
-) -> Result<Option<(Wins, Option<Took>)>> {
+) -> Result<Option<(Rows, Option<Took>)>> {
     let model =
         args.model.clone().context("give --model, whose own answers are compared with the set's winners")?;
     let judge = Judge::open(&args.judge, &args.out.join("judge"))?;
     let judge = judge.context("give --judge-endpoint and --judge-model, or --scores of a reward model")?;
     let records = records(args)?;
     let prompts = records.iter().map(prompt).collect::<Result<Vec<_>>>()?;
-    let texts: Vec<String> = prompts.iter().map(|prompt| shown(&prompt.messages)).collect();
+    let texts: Vec<String> = prompts.iter().map(|prompt| conversation(&prompt.row["prompt"])).collect();
     let answers = args.out.join("answers.jsonl");
     let sample = SampleArgs {
         model,
@@ -163,11 +166,13 @@ fn by_judge(
     let triples: Vec<(&str, &str, &str)> =
         (0..records.len()).map(|i| (texts[i].as_str(), winners[i].as_str(), own[i].as_str())).collect();
     let Some((said, took)) = preferences(&judge, &triples)? else { return Ok(None) };
-    let win = |(record, both): (&Record, &[Option<f64>; 2])| {
-        let win = both[0].zip(both[1]).map(|(first, second)| f64::midpoint(first, second));
-        (record.id.clone(), win)
+    let row = |(i, said): (usize, &Said)| {
+        let (id, prompt, winner, own) = (&records[i].id, &texts[i], &winners[i], &own[i]);
+        json!({
+            "id": id, "own_answer_wins": said.both(), "prompt": prompt, "chosen": winner, "own": own, "judge": said.words,
+        })
     };
-    Ok(Some((records.iter().zip(&said).map(win).collect(), Some(took))))
+    Ok(Some((said.iter().enumerate().map(row).collect(), Some(took))))
 }
 
 /// Pairs spread evenly over the split.
@@ -229,16 +234,6 @@ fn message(role: &str, content: &str) -> Message {
 
 fn content(message: &Message) -> String {
     message.get("content").and_then(Value::as_str).unwrap_or_default().to_string()
-}
-
-/// A conversation for a judge.
-fn shown(messages: &[Message]) -> String {
-    if let [one] = messages {
-        return content(one);
-    }
-    let line =
-        |m: &Message| format!("{}: {}", m.get("role").and_then(Value::as_str).unwrap_or("?"), content(m));
-    messages.iter().map(line).collect::<Vec<_>>().join("\n\n")
 }
 
 fn last_words(text: &Text) -> String {

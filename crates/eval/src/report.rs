@@ -35,12 +35,16 @@ pub enum Page {
     Choices,
     /// Of `compare`.
     Compare,
+    /// Of `data`.
+    Data,
     /// Of `mixeval`.
     Mixeval,
     /// Of `pairs`.
     Pairs,
     /// Of `recommend`.
     Recommend,
+    /// Of `run`.
+    Run,
 }
 
 /// Writes a result as JSON for people and programs.
@@ -54,15 +58,20 @@ pub fn write_page(path: &Path, page: Page, values: &Value) -> Result<()> {
     let mut environment = Environment::new();
     // Pictures are made by this program and have no foreign text but the names of lines.
     environment.add_filter("picture", minijinja::Value::from_safe_string);
-    environment
-        .add_template("page.html", include_str!("templates/page.html.j2"))
-        .context("the template parses")?;
+    for (name, source) in [
+        ("page.html", include_str!("templates/page.html.j2")),
+        ("sets.html", include_str!("templates/sets.html.j2")),
+    ] {
+        environment.add_template(name, source).context("the template parses")?;
+    }
     let source = match page {
         Page::Choices => include_str!("templates/choices.html.j2"),
         Page::Compare => include_str!("templates/compare.html.j2"),
+        Page::Data => include_str!("templates/data.html.j2"),
         Page::Mixeval => include_str!("templates/mixeval.html.j2"),
         Page::Pairs => include_str!("templates/pairs.html.j2"),
         Page::Recommend => include_str!("templates/recommend.html.j2"),
+        Page::Run => include_str!("templates/run.html.j2"),
     };
     environment.add_template("report.html", source).context("the template parses")?;
     let values = minijinja::Value::from(Serde(values));

@@ -258,6 +258,48 @@ fn checkpoints_of_a_run_show_how_it_went() {
     assert!(page.matches("<svg").count() >= 5 && page.contains("held-out log-likelihood"));
 }
 
+#[test]
+fn a_run_has_a_page_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    fs::create_dir(&run).unwrap();
+    let page = || {
+        let output = Command::new(env!("CARGO_BIN_EXE_eval")).arg("run").arg(&run).output().unwrap();
+        (stderr(&output), fs::read_to_string(run.join("report.html")).unwrap_or_default())
+    };
+    assert!(page().0.contains("no directory that `train` has written"), "{}", page().0);
+    let data = fixtures().join("data/clair_mini");
+    let info = |dataset: &Path| {
+        json!({
+            "status": "complete", "version": "0.1.0", "commit": "abc", "device": "flex (CPU)", "dtype": "float32",
+            "steps_done": 2, "total_steps": 2, "computed_tokens": 600, "train_seconds": 3.0, "peak_memory_bytes": 2e9,
+            "data": {"rows": 4, "dropped": 0, "truncated": 0},
+            "settings": {"model": "base", "loss_type": ["apo_zero"], "beta": 0.1, "learning_rate": 1e-5, "schedule": "linear",
+                "data": {"datasets": [[dataset, null]], "train_split": "train", "columns": {}, "skip_invalid_rows": false}},
+        })
+    };
+    fs::write(run.join("run.json"), info(&data).to_string()).unwrap();
+    fs::write(run.join("train_log.jsonl"), "{\"step\": 1, \"loss\": 1.0}\n{\"step\": 2, \"loss\": 0.25}\n")
+        .unwrap();
+    let log = |step, logps| json!({"step": step, "eval_loss": 1.0, "eval_logps/chosen": logps, "eval_logps/rejected": -9.0});
+    fs::write(run.join("eval_log.jsonl"), format!("{}\n{}\n", log(1, -12.5), log(2, -8.5))).unwrap();
+    let sample = |step, text| json!({"id": "a", "step": step, "prompt": "Why?", "response": text});
+    fs::write(run.join("samples.jsonl"), format!("{}\n{}\n", sample(0, "old words"), sample(2, "<b>new")))
+        .unwrap();
+    let (told, html) = page();
+    for part in
+        ["held-out log-likelihood", "200 packed tokens a second", "old words", "&lt;b&gt;new", "0.25", "-8.5"]
+    {
+        assert!(html.contains(part), "{part} is missing: {told}");
+    }
+    assert!(html.contains("token Jaccard similarity") && html.matches("<svg").count() >= 10, "{told}");
+    // Data that is not here any more costs only its own part.
+    fs::write(run.join("run.json"), info(Path::new("/nowhere/pairs.jsonl")).to_string()).unwrap();
+    let (told, html) = page();
+    assert!(told.contains("cannot be read here") && html.contains("cannot be read here"), "{told}");
+    assert!(html.contains("old words") && !html.contains("token Jaccard"));
+}
+
 fn eval_data(dir: &Path, args: &[&str]) -> Output {
     let mut eval = Command::new(env!("CARGO_BIN_EXE_eval"));
     eval.current_dir(dir).arg("data").args(args).output().unwrap()

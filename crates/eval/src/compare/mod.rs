@@ -19,7 +19,7 @@ use crate::report::{Page, write_json, write_page};
 use runs::{Pair, Run, Shape};
 use statistics::sign_test;
 use winrate::WinRate;
-pub use winrate::preferences;
+pub use winrate::{Said, preferences};
 
 /// A comparison, `compare.json`.
 #[derive(Debug, Serialize)]

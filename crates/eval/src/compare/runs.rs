@@ -8,6 +8,8 @@ use anyhow::{Context, Result, bail};
 use pref_data::{read_jsonl, row_id};
 use serde_json::Value;
 
+use crate::judge::conversation;
+
 /// Kinds of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
@@ -130,18 +132,6 @@ fn entry(shape: Shape, id: &str, row: &Value) -> Result<Entry> {
             ..Entry::default()
         },
     })
-}
-
-/// A prompt as text: the user's words alone, or all messages with their roles.
-fn conversation(prompt: &Value) -> String {
-    match prompt.as_array().map(Vec::as_slice) {
-        None => prompt.as_str().unwrap_or_default().to_string(),
-        Some([one]) => one["content"].as_str().unwrap_or_default().to_string(),
-        Some(all) => {
-            let part = |m: &Value| Some(format!("{}: {}", m["role"].as_str()?, m["content"].as_str()?));
-            all.iter().filter_map(part).collect::<Vec<_>>().join("\n\n")
-        }
-    }
 }
 
 /// Errors where two runs were scored in different ways: their difference would be that of the ways.

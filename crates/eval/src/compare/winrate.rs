@@ -55,6 +55,21 @@ impl WinRate {
 /// Wins of the second run in both orders, from 0 to 1; `None` where a judgement could not be read.
 pub type Wins = [Option<f64>; 2];
 
+/// What a judge said of a pair, in both orders.
+pub struct Said {
+    /// How often the second answer wins.
+    pub wins: Wins,
+    /// The judge's own words.
+    pub words: [String; 2],
+}
+
+impl Said {
+    /// Wins of the second answer, where both judgements could be read.
+    pub fn both(&self) -> Option<f64> {
+        self.wins[0].zip(self.wins[1]).map(|(first, second)| f64::midpoint(first, second))
+    }
+}
+
 /// Wins of the answer shown second: 1, of the first: 0, a tie: ½.
 fn parse(reply: &str) -> Option<f64> {
     bracketed(reply, |inside| match inside.to_lowercase().as_str() {
@@ -72,9 +87,8 @@ pub fn question(prompt: &str, first: &str, second: &str) -> Result<Vec<ChatMessa
     Ok(vec![ChatMessage::user(text.context("the prompt renders")?)])
 }
 
-/// Asks about all pairs in both orders: wins of `second` for each, `None` where a judgement could not be read. `None`
-/// for all where it was interrupted.
-pub fn preferences(judge: &Judge, pairs: &[(&str, &str, &str)]) -> Result<Option<(Vec<Wins>, Took)>> {
+/// Asks about all pairs in both orders. `None` where it was interrupted.
+pub fn preferences(judge: &Judge, pairs: &[(&str, &str, &str)]) -> Result<Option<(Vec<Said>, Took)>> {
     let orders = pairs.iter().flat_map(|&(prompt, a, b)| [question(prompt, a, b), question(prompt, b, a)]);
     let questions = orders.collect::<Result<Vec<_>>>()?;
     let count = questions.len();
@@ -90,8 +104,11 @@ pub fn preferences(judge: &Judge, pairs: &[(&str, &str, &str)]) -> Result<Option
     else {
         return Ok(None);
     };
-    let both = verdicts.as_chunks::<2>().0.iter().map(|[ab, ba]| [ab.read, ba.read.map(|first| 1.0 - first)]);
-    Ok(Some((both.collect(), took)))
+    let said = verdicts.as_chunks::<2>().0.iter().map(|[ab, ba]| Said {
+        wins: [ab.read, ba.read.map(|first| 1.0 - first)],
+        words: [ab.text.clone(), ba.text.clone()],
+    });
+    Ok(Some((said.collect(), took)))
 }
 
 /// The win-rate of the second run, what was said of each pair, and what it took.
@@ -101,12 +118,10 @@ pub fn ask(judge: &Judge, pairs: &[Pair]) -> Result<Option<(WinRate, Vec<Value>,
         (pair.question.as_str(), a.as_str(), b.as_str())
     });
     let Some((said, took)) = preferences(judge, &texts.collect::<Vec<_>>())? else { return Ok(None) };
-    let row = |both: &Wins| {
-        let wins = both[0].zip(both[1]).map(|(first, second)| f64::midpoint(first, second));
-        json!({"b_wins": both, "wins": wins})
-    };
+    let row = |said: &Said| json!({"b_wins": said.wins, "wins": said.both(), "words": said.words});
     let rows = said.iter().map(row).collect();
-    Ok(Some((rate(pairs, &said)?, rows, took)))
+    let wins: Vec<Wins> = said.iter().map(|said| said.wins).collect();
+    Ok(Some((rate(pairs, &wins)?, rows, took)))
 }
 
 fn rate(pairs: &[Pair], said: &[Wins]) -> Result<WinRate> {

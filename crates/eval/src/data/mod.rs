@@ -6,11 +6,13 @@ mod report;
 use std::fs;
 
 use anyhow::{Context, Result};
-use hub::{Hub, announce};
-use pref_data::{Tokenizer, write_atomic};
+use hub::{DataRequest, Hub, announce};
+use pref_data::Tokenizer;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::args::{DataArgs, template_time};
+use crate::report::{Page, write_json, write_page};
 use measure::{Measured, Reader};
 use report::SetReport;
 
@@ -31,32 +33,48 @@ pub fn run(args: &DataArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
         Ok(Tokenizer::load(&dir, None, template_time(None))?)
     });
     let reader = Reader { tokenizer: tokenizer.transpose()?, skip_invalid: args.reading.skip_invalid_rows };
+    let wanted: Vec<&str> = args.split.iter().map(String::as_str).collect();
     let names = std::iter::once(&args.dataset).chain(&args.against);
     let sets = names
-        .map(|name| {
-            let request = args.reading.request(name)?;
-            let wanted: Vec<&str> = args.split.iter().map(String::as_str).collect();
-            let splits = request.find(&hub, &wanted, &tell)?;
-            let mut measured: Vec<Measured> = Vec::new();
-            for (split, files) in &splits.splits {
-                if wanted.is_empty() || wanted.contains(&split.as_str()) {
-                    measured.push(reader.split(split, files, &request.columns, &tell)?);
-                }
-            }
-            for split in &wanted {
-                splits.split(split)?;
-            }
-            SetReport::new(name, &measured)
-        })
+        .map(|name| measured(&reader, &args.reading.request(name)?, &wanted, &hub, &tell))
         .collect::<Result<Vec<_>>>()?;
     let report = Report {
         unit: args.model.clone().map_or("words".into(), |model| format!("tokens of {model}")),
         sets,
     };
     fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot create", args.out.display()))?;
-    let html = report::html(&report)?;
-    write_atomic(&args.out.join("report.html"), |out| out.write_all(html.as_bytes()))?;
-    let text = serde_json::to_string_pretty(&report)?;
-    write_atomic(&args.out.join("report.json"), |out| out.write_all(text.as_bytes()))?;
+    write_page(&args.out.join("report.html"), Page::Data, &report::page(&report.unit, &report.sets))?;
+    write_json(&args.out.join("report.json"), &report)?;
     Ok(report::table(&report))
+}
+
+/// One set, in all its splits or the wanted ones.
+fn measured(
+    reader: &Reader,
+    request: &DataRequest,
+    wanted: &[&str],
+    hub: &Hub,
+    tell: &dyn Fn(&str),
+) -> Result<SetReport> {
+    let splits = request.find(hub, wanted, tell)?;
+    let mut measured: Vec<Measured> = Vec::new();
+    for (split, files) in &splits.splits {
+        if wanted.is_empty() || wanted.contains(&split.as_str()) {
+            measured.push(reader.split(split, files, &request.columns, tell)?);
+        }
+    }
+    for split in wanted {
+        splits.split(split)?;
+    }
+    SetReport::new(&request.name, &measured)
+}
+
+/// What a page shows of the sets, in words.
+pub fn described(requests: &[DataRequest], wanted: &[&str], tell: &dyn Fn(&str)) -> Result<Value> {
+    let hub = Hub::from_env();
+    let of = |request: &DataRequest| {
+        let reader = Reader { tokenizer: None, skip_invalid: request.skip_invalid };
+        measured(&reader, request, wanted, &hub, tell)
+    };
+    Ok(report::page("words", &requests.iter().map(of).collect::<Result<Vec<_>>>()?))
 }

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail};
-use minijinja::{Environment, context, value::Serde};
+use anyhow::{Result, bail};
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::Report;
 use super::measure::{Measured, Numbers};
@@ -281,28 +281,15 @@ struct Picture<'a> {
     clipped: Option<f64>,
 }
 
-/// A self-contained page.
-pub fn html(report: &Report) -> Result<String> {
-    let mut environment = Environment::new();
-    environment
-        .add_template("report.html", include_str!("../templates/data.html.j2"))
-        .context("the template parses")?;
-    let sets: Vec<minijinja::Value> = report
-        .sets
-        .iter()
-        .map(|set| {
-            let pictures: Vec<Picture> = set
-                .distributions()
-                .into_iter()
-                .map(|d| Picture { distribution: d, bars: &d.bars, clipped: d.clipped })
-                .collect();
-            context! {
-                name => set.name.clone(),
-                facts => minijinja::Value::from(Serde(set.facts())),
-                pictures => minijinja::Value::from(Serde(&pictures)),
-            }
-        })
-        .collect();
-    let values = context! { unit => report.unit.clone(), sets };
-    environment.get_template("report.html")?.render(values).context("the report renders")
+/// What the page shows of the sets.
+pub fn page(unit: &str, sets: &[SetReport]) -> Value {
+    let set = |set: &SetReport| {
+        let pictures: Vec<Picture> = set
+            .distributions()
+            .into_iter()
+            .map(|d| Picture { distribution: d, bars: &d.bars, clipped: d.clipped })
+            .collect();
+        json!({"name": set.name, "facts": set.facts(), "pictures": pictures})
+    };
+    json!({"unit": unit, "sets": sets.iter().map(set).collect::<Vec<_>>()})
 }

@@ -1,7 +1,6 @@
 //! `eval pairs`: held-out preference metrics, of pairs or of completions with labels.
 
 mod analysis;
-mod curves;
 mod metrics;
 mod trajectory;
 
@@ -20,6 +19,7 @@ use crate::args::{PairsArgs, template_time};
 use crate::histogram::histogram;
 use crate::models::{Model, Target};
 use crate::report;
+use crate::run::{learning, samples};
 use crate::sample::INTERRUPTED;
 use crate::score::{PairScore, score};
 pub use analysis::{Calibration, LengthBias, Movement};
@@ -140,8 +140,8 @@ pub fn run(args: &PairsArgs, tell: impl Fn(&str) + Sync) -> Result<String> {
     let run: Option<Value> = run.and_then(|text| serde_json::from_str(&text).ok());
     let page = json!({
         "score": result, "rows": rows, "bars": histogram(&margins), "run": run,
-        "held_out": curves::held_out(&result.trajectory)?, "learning": curves::learning(&directory)?,
-        "samples": curves::samples(&directory)?,
+        "held_out": trajectory::held_out(&result.trajectory)?, "learning": learning(&directory)?,
+        "samples": samples(&directory)?,
     });
     report::write_page(&args.out.join("report.html"), report::Page::Pairs, &page)?;
     let text = serde_json::to_string_pretty(&result)?;

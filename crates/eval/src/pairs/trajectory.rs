@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::metrics::rewards;
+use crate::chart::{Series, lines};
 use crate::score::PairScore;
 
 /// Means at one step.
@@ -59,5 +60,32 @@ pub fn checkpoints(run: &Path) -> Result<Vec<(usize, PathBuf)>> {
         );
     }
     all.sort_unstable();
+    Ok(all)
+}
+
+/// How means over held-out pairs went.
+pub fn held_out(points: &[Point]) -> Result<Vec<String>> {
+    let curve = |f: fn(&Point) -> f64| points.iter().map(|p| (p.step as f64, f(p))).collect::<Vec<_>>();
+    let pictures: [(&str, Vec<Series>); 3] = [
+        (
+            "held-out log-likelihood",
+            vec![
+                ("winners".into(), curve(|p| p.logps_chosen)),
+                ("losers".into(), curve(|p| p.logps_rejected)),
+            ],
+        ),
+        (
+            "held-out rewards",
+            vec![
+                ("winners".into(), curve(|p| p.rewards_chosen)),
+                ("losers".into(), curve(|p| p.rewards_rejected)),
+            ],
+        ),
+        ("held-out accuracy", vec![("accuracy".into(), curve(|p| p.accuracy))]),
+    ];
+    let mut all = Vec::new();
+    for (title, series) in pictures {
+        all.extend(lines(title, "step", &series)?);
+    }
     Ok(all)
 }
