@@ -172,7 +172,7 @@ pub fn evaluate() -> Result<ExitCode> {
     let reference = settings["reference"].as_str().or_else(|| settings["model"].as_str());
     let reference = reference.context("run.json names no model")?;
     let beside = newest.parent().map(|dir| dir.join("heldout")).filter(|dir| dir.is_dir());
-    let dataset = match (beside, settings["dataset"].as_str()) {
+    let dataset = match (beside, settings["data"]["datasets"][0][0].as_str()) {
         (Some(heldout), _) => heldout.display().to_string(),
         (None, Some(dataset)) if Path::new(dataset).join("test.jsonl").exists() => dataset.to_string(),
         _ => bail!("{}: its data set has no held-out rows; use eval pairs --dataset D", newest.display()),

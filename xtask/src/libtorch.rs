@@ -14,6 +14,9 @@ use crate::report;
 /// The version that the bindings are made for.
 const VERSION: &str = "2.9.0";
 
+/// With this variable, which the bindings' own build knows too, `LIBTORCH` may be of another version.
+const ANY_VERSION: &str = "LIBTORCH_BYPASS_VERSION_CHECK";
+
 /// What the CPU's library needs besides `torch` itself, which on Linux x86_64 is built with CUDA.
 const CPU_PACKAGES: [&str; 2] = ["nvidia-cuda-cupti-cu12==12.8.90", "nvidia-cuda-runtime-cu12==12.8.90"];
 
@@ -44,8 +47,11 @@ impl LibTorch {
                 let version = version_in(&dir).with_context(|| {
                     format!("LIBTORCH={}: no version in build-version or version.py", dir.display())
                 })?;
-                if plain(&version) != VERSION {
-                    bail!("LIBTORCH={}: is version {version}, needed is {VERSION}", dir.display());
+                if plain(&version) != VERSION && env::var_os(ANY_VERSION).is_none() {
+                    bail!(
+                        "LIBTORCH={}: is version {version}, needed is {VERSION}; with {ANY_VERSION}=1 it is tried as it is",
+                        dir.display()
+                    );
                 }
                 dir
             }

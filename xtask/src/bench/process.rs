@@ -6,10 +6,17 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::cargo::root;
+use crate::cargo::{cargo, root};
+
+/// Builds the server.
+pub fn build_loopback() -> Result<()> {
+    let built = cargo(&["build", "--release", "--quiet", "--package", "loopback"]).status();
+    ensure!(built.context("cannot run cargo")?.success(), "building failed");
+    Ok(())
+}
 
 /// A server in a process of its own; it is killed when this goes.
 pub struct Loopback {

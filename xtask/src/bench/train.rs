@@ -222,9 +222,7 @@ fn compare(dtype: &str, ours: &[Measured], theirs: &[Measured], options: &Option
     summary(&format!("TRL, {}", if dtype == "bfloat16" { "bf16 autocast" } else { "f32" }), theirs);
     let ratio = |f: fn(&Measured) -> f64| median_of(theirs, f) / median_of(ours, f);
     report(&format!("{:.2}x faster", ratio(|m| m.seconds)));
-    if !options.backend.contains("cuda") {
-        report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
-    }
+    report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
     let mut apart = 0.0_f64;
     for (ours, theirs) in ours.iter().zip(theirs) {
         if [&ours.losses, &theirs.losses].iter().any(|losses| losses.len() != options.steps) {
@@ -289,6 +287,15 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
     Ok(Measured { seconds, start, tokens, gflops, memory: memory / 1e9, losses })
 }
 
+const DEVICE_PEAK: &str = "\
+import atexit, sys
+def told():
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        print('PEAK_DEVICE', torch.cuda.max_memory_reserved(), file=sys.stderr, flush=True)
+atexit.register(told)
+";
+
 /// `Ok(Err(reason))` when TRL itself fails, for example for want of memory: that is a result too.
 fn run_trl(
     venv: &Path,
@@ -305,7 +312,14 @@ fn run_trl(
     command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
     let path = env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
-    if !options.backend.contains("cuda") {
+    let on_device = options.backend.contains("cuda");
+    if on_device {
+        // Python runs a module of this name when it starts: this one tells what was reserved of the device at most.
+        fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+        fs::write(out.join("sitecustomize.py"), DEVICE_PEAK)?;
+        let paths = [Some(out.as_os_str().to_owned()), env::var_os("PYTHONPATH")];
+        command.env("PYTHONPATH", env::join_paths(paths.iter().flatten())?);
+    } else {
         command.env("CUDA_VISIBLE_DEVICES", "").args(["--use_cpu", "True"]);
     }
     // The launcher would set one thread.
@@ -329,7 +343,11 @@ fn run_trl(
     };
     let after = |marker: &str| number(text.split(marker).nth(1)?);
     let seconds = after("train_runtime").context("TRL printed no train_runtime")? / options.steps as f64;
-    let memory = after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9;
+    let memory = if on_device {
+        after("PEAK_DEVICE").context("no device was used")? / 1e9
+    } else {
+        after("PEAK_KB").context("/usr/bin/time printed no peak memory")? * 1024.0 / 1e9
+    };
     let losses = text.split("{'loss'").skip(1).filter_map(number).collect();
     let nan = f64::NAN;
     Ok(Ok(Measured { seconds, start: nan, tokens: nan, gflops: nan, memory, losses }))

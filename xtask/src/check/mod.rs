@@ -1,6 +1,7 @@
 //! Comparisons that need a Python environment with the peers in it, or a real model and time.
 
 mod greedy;
+mod made;
 mod pages;
 mod report;
 mod runs;
@@ -79,5 +80,5 @@ const USAGE: &str = "usage: cargo xtask check templates --trl VENV [DIR ...]   *
     cargo xtask check peft --model DIR --dataset D --peft VENV [--steps N] [--max-length N]\n\
     cargo xtask check greedy --model DIR --prompts FILE --transformers VENV [--new-tokens N]\n\
     cargo xtask check report [--chromium BINARY]\n\
-    cargo xtask check pages REPORT.html … [--shots DIR] [--chromium BINARY]\n\
+    cargo xtask check pages [REPORT.html …] [--shots DIR] [--chromium BINARY]\n\
     cargo xtask check tensorboard --model DIR --dataset D --tensorboard VENV";

@@ -1,4 +1,5 @@
 //! `check pages`: reports of `eval` in a real browser: on a telephone, in the dark, on paper, and every part opened.
+//! Without pages one of every kind is made.
 
 use std::env;
 use std::fs;
@@ -7,6 +8,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::made;
 use super::report::in_browser;
 use crate::report;
 
@@ -43,11 +45,11 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
             page => pages.push(fs::canonicalize(page).with_context(|| page.to_string())?),
         }
     }
-    if pages.is_empty() {
-        bail!("give the report.html files of `eval pairs`, `mixeval`, `compare`, `choices` or `recommend`");
-    }
     let dir = env::temp_dir().join(format!("check-pages-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
+    if pages.is_empty() {
+        pages = made::pages(&dir)?;
+    }
     for page in &pages {
         check(&browser, page, &dir)?;
         print(&browser, page, &dir)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::process::{Loopback, Took, timed};
+use super::process::{Loopback, Took, build_loopback, timed};
 use super::{count, flags};
 use crate::cargo::{build, cargo, root};
 use crate::report;
@@ -82,8 +82,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let options = Options::parse(args)?;
     fs::create_dir_all(&options.dir)?;
     let binary = build("clair-gen")?;
-    let built = cargo(&["build", "--release", "--quiet", "--package", "loopback"]).status();
-    ensure!(built.context("cannot run cargo")?.success(), "building failed");
+    build_loopback()?;
     for part in &options.only {
         match part.as_str() {
             "speed" => speed(&options, &binary)?,
