@@ -191,7 +191,8 @@ impl Client {
     async fn request(&self, key: &str, request: &ChatRequest, plain: Bytes) -> Result<Stored, Option<Error>> {
         // Time in the queue is not the request's: its clock starts when it is sent first.
         let (mut started, mut reached) = (None, false);
-        for attempt in 1.. {
+        let mut attempt = 1;
+        loop {
             let (endpoint, passed) = self.endpoints.pass().await.map_err(Some)?.ok_or(None)?;
             if endpoint.refused().is_some() {
                 continue;
@@ -204,6 +205,7 @@ impl Client {
             reached |= failure.reached;
             tracing::debug!(attempt, url = endpoint.url, reason = failure.reason, "attempt failed");
             if failure.renamed {
+                // No attempt of its own: sent under the new name it cannot be refused for the old one.
                 continue;
             }
             let others = self.endpoints.others(endpoint);
@@ -216,6 +218,7 @@ impl Client {
                     tracing::warn!("{refused}; its calls go to the other endpoints");
                     endpoint.refuse(refused);
                 }
+                attempt += 1;
                 continue;
             }
             let pause = delay(attempt, self.settings.backoff, failure.asked);
@@ -236,8 +239,8 @@ impl Client {
             if self.is_closed() {
                 return Err(None);
             }
+            attempt += 1;
         }
-        unreachable!("the loop ends by returning")
     }
 
     /// Sleeps, but not beyond the moment at which the client is closed.

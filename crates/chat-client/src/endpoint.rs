@@ -182,13 +182,14 @@ impl Endpoint {
         Bytes::from(body.to_string())
     }
 
-    /// True where a request was refused only for the old name of its limit; it then goes by the new one.
+    /// True where a request was refused for the old name of its limit; all go by the new one after that.
     pub(crate) fn renames_limit(&self, sent: &[u8], failure: &Failure) -> bool {
-        let old = String::from_utf8_lossy(sent).contains("\"max_tokens\":");
+        let body = || serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(sent);
         let renames = self.provider == Provider::OpenAi
             && failure.fatal == Some(400)
-            && old
-            && failure.reason.contains("max_completion_tokens");
+            && failure.reason.contains("max_completion_tokens")
+            && failure.reason.to_lowercase().contains("unsupported")
+            && body().is_ok_and(|body| body.contains_key("max_tokens"));
         if renames {
             self.new_limit.store(true, Ordering::Relaxed);
         }

@@ -144,7 +144,8 @@ pub struct AskingArgs {
     /// Nucleus.
     #[arg(long, requires = "endpoint")]
     pub top_p: Option<f64>,
-    /// Most tokens of a reply; one that is cut off is asked for once more with twice as many.
+    /// Most tokens of a reply; one that is cut off is asked for once more with twice as many. Sent as max_tokens, or as
+    /// max_completion_tokens with --reasoning-effort and to servers that refuse the first (but not in batches).
     #[arg(long, requires = "endpoint")]
     pub max_tokens: Option<u32>,
     /// Seed sent with every request (OpenAI's interface).
@@ -196,7 +197,8 @@ pub struct GateArgs {
     #[arg(long, value_name = "X")]
     pub min_length_ratio: Option<f64>,
     /// A judge looks at each pair of clair and stronger in both orders; column `verified` says whether it prefers
-    /// the chosen text in both.
+    /// the chosen text in both; null where the judge's replies cannot be read. Where the judge cannot be reached the row
+    /// fails, and the next run asks again.
     #[arg(long, requires = "endpoint")]
     pub verify: bool,
     /// Leave out pairs that the judge does not confirm.

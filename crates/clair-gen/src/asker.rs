@@ -6,7 +6,7 @@ use chat_client::{ChatMessage, ChatRequest, Client, Error, Reply, Source, Usage}
 use crate::output::Failed;
 use crate::parse::Reason;
 
-/// Reason of rows for which no reply could be had.
+/// Reason of rows for which no reply could be had, though the same request may get one later.
 pub const REQUEST_FAILED: &str = "request_failed";
 
 /// What the requests for one row took.
@@ -68,7 +68,11 @@ impl Asker {
                 Ok(Some(stored)) => stored,
                 Ok(None) => return Ok(Asked::Stopped),
                 Err(error) if error.is_setup() => return Err(explain(error)),
-                Err(error) => return Ok(failed(REQUEST_FAILED, error.attempts(), error.to_string())),
+                Err(error) => {
+                    let refused = matches!(error, Error::Refused { .. });
+                    let reason = if refused { "request_refused" } else { REQUEST_FAILED };
+                    return Ok(failed(reason, error.attempts(), error.to_string()));
+                }
             };
             let is_new = stored.source == Source::Server;
             spent.usage += stored.reply.usage();

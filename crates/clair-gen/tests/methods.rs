@@ -95,7 +95,9 @@ fn a_server_that_wants_the_new_name_of_the_limit_gets_it() {
     let server = start(Behaviour { new_limit: true, latency_ms: 5.0, ..Behaviour::default() });
     for (dir, url) in [(&old, calm().url()), (&new, server.url())] {
         write_input(dir.path());
-        let flags = ["--max-tokens", "300", "--max-in-flight", "8", "--retries", "0"];
+        // The refusal is not one of the retries.
+        let flags = ["--max-tokens", "300", "--max-in-flight", "8", "--retries", "0", "--extra-body"];
+        let flags = [&flags[..], &["{\"reasoning\": {\"max_tokens\": 5}}"]].concat();
         succeeds(&run(dir.path(), &url, &flags));
     }
     assert_eq!(revisions(new.path()), revisions(old.path()));

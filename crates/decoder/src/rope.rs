@@ -162,17 +162,18 @@ impl Rope {
             let row = &positions[at..at + len];
             let length = row.iter().max().map_or(0, |&last| last as usize + 1);
             let frequencies = self.frequencies(length);
-            // Most positions of a batch stand in several of its rows.
-            let mut known = vec![None; length];
+            // Most positions of a batch stand in several of its rows; a single token is in none but its own.
+            let mut known = vec![None; if len > 1 { length } else { 0 }];
             for &position in row {
-                let place = &mut known[position as usize];
-                if let Some(from) = *place {
+                if let Some(&Some(from)) = known.get(position as usize) {
                     let to = from + frequencies.len();
                     cos.extend_from_within(from..to);
                     sin.extend_from_within(from..to);
                     continue;
                 }
-                *place = Some(cos.len());
+                if let Some(place) = known.get_mut(position as usize) {
+                    *place = Some(cos.len());
+                }
                 for frequency in &frequencies {
                     let angle = position as f32 * frequency;
                     cos.push(angle.cos() * self.attention_factor);

@@ -227,13 +227,12 @@ impl Judge {
 
 /// A prompt as a judge reads it: the user's words alone, or all messages with their roles.
 pub fn conversation(prompt: &Value) -> String {
-    let content = |message: &Value| message["content"].as_str().unwrap_or_default().to_string();
     match prompt.as_array().map(Vec::as_slice) {
         None => prompt.as_str().unwrap_or_default().to_string(),
-        Some([one]) => content(one),
+        Some([one]) => one["content"].as_str().unwrap_or_default().to_string(),
         Some(all) => {
-            let part = |m: &Value| format!("{}: {}", m["role"].as_str().unwrap_or("?"), content(m));
-            all.iter().map(part).collect::<Vec<_>>().join("\n\n")
+            let part = |m: &Value| Some(format!("{}: {}", m["role"].as_str()?, m["content"].as_str()?));
+            all.iter().filter_map(part).collect::<Vec<_>>().join("\n\n")
         }
     }
 }

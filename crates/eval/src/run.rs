@@ -3,9 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use hub::DataRequest;
-use pref_data::read_jsonl;
 use serde_json::{Value, json};
 
 use crate::args::RunArgs;
@@ -68,7 +67,7 @@ fn facts(run: &Value) -> Vec<(&'static str, String)> {
         ("model", text(&settings["model"])),
         ("data", datasets.collect::<Vec<_>>().join(", ")),
         ("loss", format!("{}, β {}", list(&settings["loss_type"]), settings["beta"])),
-        ("learning rate", format!("{}, {}", settings["learning_rate"], text(&settings["schedule"]))),
+        ("learning rate", format!("{}, {}", settings["learning_rate"], text(&settings["lr_scheduler_type"]))),
         (
             "rows",
             format!(
@@ -132,7 +131,17 @@ fn log(run: &Path, name: &str) -> Result<Vec<Value>> {
     if !path.exists() {
         return Ok(Vec::new());
     }
-    Ok(read_jsonl(&path)?.into_iter().map(|(_, row)| row).collect())
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let mut rows = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        match serde_json::from_str(line) {
+            Ok(row) => rows.push(row),
+            // Of a run that is writing it, or that was killed.
+            Err(_) if !text.ends_with('\n') && i + 1 == text.lines().count() => {}
+            Err(error) => bail!("{}:{}: {error}", path.display(), i + 1),
+        }
+    }
+    Ok(rows)
 }
 
 /// Learning curves of the run whose model this is; none where the directory has no log.
@@ -159,7 +168,7 @@ pub fn learning(run: &Path) -> Result<Vec<String>> {
             ],
         ),
         (
-            "held-out log-likelihood",
+            "evaluation: log-likelihood",
             vec![("winners", &held_out, "eval_logps/chosen"), ("losers", &held_out, "eval_logps/rejected")],
         ),
         ("gradient norm", vec![("norm", &train, "grad_norm")]),

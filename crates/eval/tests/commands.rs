@@ -274,7 +274,7 @@ fn a_run_has_a_page_of_its_own() {
             "status": "complete", "version": "0.1.0", "commit": "abc", "device": "flex (CPU)", "dtype": "float32",
             "steps_done": 2, "total_steps": 2, "computed_tokens": 600, "train_seconds": 3.0, "peak_memory_bytes": 2e9,
             "data": {"rows": 4, "dropped": 0, "truncated": 0},
-            "settings": {"model": "base", "loss_type": ["apo_zero"], "beta": 0.1, "learning_rate": 1e-5, "schedule": "linear",
+            "settings": {"model": "base", "loss_type": ["apo_zero"], "beta": 0.1, "learning_rate": 1e-5, "schedule": {"cosine": {}}, "lr_scheduler_type": "cosine",
                 "data": {"datasets": [[dataset, null]], "train_split": "train", "columns": {}, "skip_invalid_rows": false}},
         })
     };
@@ -287,9 +287,14 @@ fn a_run_has_a_page_of_its_own() {
     fs::write(run.join("samples.jsonl"), format!("{}\n{}\n", sample(0, "old words"), sample(2, "<b>new")))
         .unwrap();
     let (told, html) = page();
-    for part in
-        ["held-out log-likelihood", "200 packed tokens a second", "old words", "&lt;b&gt;new", "0.25", "-8.5"]
-    {
+    for part in [
+        "evaluation: log-likelihood",
+        "200 packed tokens a second",
+        "old words",
+        "&lt;b&gt;new",
+        "0.25",
+        "-8.5",
+    ] {
         assert!(html.contains(part), "{part} is missing: {told}");
     }
     assert!(html.contains("token Jaccard similarity") && html.matches("<svg").count() >= 10, "{told}");

@@ -64,8 +64,8 @@ impl Logs {
     }
 }
 
-/// What a run writes from its first step on.
-const LOGS: [&str; 4] = ["train_log.jsonl", "eval_log.jsonl", "samples.jsonl", "run.json"];
+/// What a run writes from its first step on, and the page that `eval run` makes of it.
+const LOGS: [&str; 5] = ["train_log.jsonl", "eval_log.jsonl", "samples.jsonl", "run.json", "report.html"];
 
 /// What a run writes into its output directory besides checkpoints, shards and the model's companions.
 const FILES: [&str; 5] = [

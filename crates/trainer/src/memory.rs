@@ -13,8 +13,18 @@ const PROGRAM: usize = 160 << 20;
 /// What comes and goes takes more than its size: gaps between blocks.
 const GAPS: f64 = 1.08;
 
-/// Logits that the head holds at a time: on Flex, and elsewhere.
-const LOGITS: [usize; 2] = [8 << 20, 64 << 20];
+/// Logits that the head holds at a time.
+fn logits(backend: Backend) -> usize {
+    match backend {
+        Backend::Flex => 8 << 20,
+        // Two buffers, and their gradient in 16 bits.
+        Backend::Cuda => 640 << 20,
+        _ => 64 << 20,
+    }
+}
+
+/// What rounding of weights to 16 bits keeps on a CUDA device.
+const THRESHOLDS: usize = 256 << 20;
 
 /// Part of what it can hold that a run takes when it is given no limit.
 const SHARE: f64 = 0.92;
@@ -68,6 +78,7 @@ impl Cost {
         let config = model.config();
         let width = settings.precision.compute().size();
         let Footprint { stream, products, cast, temporary } = model.footprint();
+        let rounds = settings.backend == Backend::Cuda && width < 4;
         let table = 4 * config.vocab * config.hidden;
         let trained = model.lora().is_none();
         // One that is held in 16 bits is widened while it is used.
@@ -78,10 +89,10 @@ impl Cost {
             block: 4 * stream + width * (products + if width < 4 { cast } else { 0 }),
             input: 4 * config.hidden,
             temporary: width * temporary,
-            logits: LOGITS[usize::from(settings.backend != Backend::Flex)],
+            logits: logits(settings.backend),
             head: if trained || narrow_head { table } else { 0 },
             accumulates: settings.accumulation > 1,
-            fixed,
+            fixed: fixed + if rounds { THRESHOLDS } else { 0 },
             gradients,
             ends: if trained { 2 * table } else { 0 },
         }

@@ -112,6 +112,11 @@ impl Options {
         Ok(())
     }
 
+    /// It computes on an NVIDIA device.
+    fn is_on_device(&self) -> bool {
+        self.backend.contains("cuda")
+    }
+
     /// What the peer is run in: nothing without a peer.
     fn peers(&self) -> Vec<String> {
         let all = || vec!["float32".into(), "bfloat16".into()];
@@ -222,7 +227,9 @@ fn compare(dtype: &str, ours: &[Measured], theirs: &[Measured], options: &Option
     summary(&format!("TRL, {}", if dtype == "bfloat16" { "bf16 autocast" } else { "f32" }), theirs);
     let ratio = |f: fn(&Measured) -> f64| median_of(theirs, f) / median_of(ours, f);
     report(&format!("{:.2}x faster", ratio(|m| m.seconds)));
-    report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
+    if ours.iter().all(|m| m.memory.is_finite()) {
+        report(&format!("{:.2}x less memory", ratio(|m| m.memory)));
+    }
     let mut apart = 0.0_f64;
     for (ours, theirs) in ours.iter().zip(theirs) {
         if [&ours.losses, &theirs.losses].iter().any(|losses| losses.len() != options.steps) {
@@ -279,7 +286,12 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
     let seconds = (number("train_seconds")? + reference) / options.steps as f64;
     let start = wall - number("train_seconds")? - number("reference_seconds")?;
     let tokens = number("computed_tokens")? / number("train_seconds")?;
-    let memory = info["device_memory_bytes"][0].as_f64().map_or_else(|| number("peak_memory_bytes"), Ok)?;
+    let memory = if options.is_on_device() {
+        // Not every backend tells.
+        info["device_memory_bytes"][0].as_f64().unwrap_or(f64::NAN)
+    } else {
+        number("peak_memory_bytes")?
+    };
     let gflops = number("useful_flops")? / number("train_seconds")? / 1e9;
     let log = fs::read_to_string(dir.join("train_log.jsonl"))?;
     let losses =
@@ -287,6 +299,7 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
     Ok(Measured { seconds, start, tokens, gflops, memory: memory / 1e9, losses })
 }
 
+/// Prints what Python's LibTorch reserved of the device at most.
 const DEVICE_PEAK: &str = "\
 import atexit, sys
 def told():
@@ -312,7 +325,7 @@ fn run_trl(
     command.args(["--report_to", "none", "--output_dir"]).arg(out.join("trl"));
     let path = env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", venv.join("bin").display())).env("HF_HUB_OFFLINE", "1");
-    let on_device = options.backend.contains("cuda");
+    let on_device = options.is_on_device();
     if on_device {
         // Python runs a module of this name when it starts: this one tells what was reserved of the device at most.
         fs::create_dir_all(out).with_context(|| out.display().to_string())?;

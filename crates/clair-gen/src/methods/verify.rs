@@ -15,9 +15,9 @@ pub async fn pair(methods: &Methods, mut pair: Pair, spent: &mut Spent) -> Resul
         Asked::Got(Verdict::A, _) => (Some(true), "the judge prefers the chosen text"),
         Asked::Got(Verdict::B, _) => (Some(false), "the judge prefers the rejected text in both orders"),
         Asked::Got(Verdict::Tie, _) => (Some(false), "the judge has no preference that holds in both orders"),
-        // The judge could not be asked, which --retry-failed does; what is bought stays in the store.
+        // The next run asks the judge again; what is bought stays in the store.
         Asked::Failed(failed) if failed.reason == REQUEST_FAILED => return Ok(Row::Failed(failed)),
-        Asked::Failed(_) => (None, "the judge's replies could not be read"),
+        Asked::Failed(_) => (None, "the judge refused the request, or its replies could not be read"),
         Asked::Stopped => return Ok(Row::Stopped),
     };
     if drop && verified != Some(true) {

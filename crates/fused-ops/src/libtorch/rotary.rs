@@ -43,7 +43,7 @@ fn on_device(table: &Rotary, tokens: usize, device: Device) -> [Tensor; 3] {
 pub fn rotary(x: &TchTensor, table: &Rotary, sign: f32) -> TchTensor {
     let (shape, half, dim) = (x.tensor.size(), table.half as i64, table.dim as i64);
     let [cos, sin, opposite] = on_device(table, shape[0] as usize, x.tensor.device());
-    let heads = x.tensor.contiguous().view([shape[0], -1, dim]);
+    let heads = x.tensor.contiguous().view([shape[0], shape[1] / dim, dim]);
     let out = heads.empty_like();
     let (a, b) = (heads.narrow(2, 0, half), heads.narrow(2, half, half));
     let (of_first, of_second) = if sign > 0.0 { (&opposite, &sin) } else { (&sin, &opposite) };

@@ -218,8 +218,9 @@ char *shim_upload(const at::Tensor *host, int device, at::Tensor **out) {
 char *shim_dither(const at::Tensor *weight, at::Tensor **out) {
   return guarded([&] {
     auto bits = weight->contiguous().view(at::kInt).flatten();
-    // Infinity stays what it is: its lower half is 0, so that nothing is carried.
-    auto sum = bits + thresholds(bits);
+    // Infinity stays what it is: its lower half is 0, so that nothing is carried. What is no number could carry into its
+    // sign.
+    auto sum = at::where(weight->contiguous().flatten().isnan(), bits, bits + thresholds(bits));
     auto high = sum.view(at::kShort).view({-1, 2}).select(1, 1).contiguous();
     *out = new at::Tensor(high.view(at::kBFloat16).view(weight->sizes()));
   });
