@@ -5,34 +5,27 @@ use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
-use chat_client::{ReplyStore, StoredReply};
-use serde_json::value::RawValue;
+use chat_client::{NewReply, ReplyStore};
 
 fn key(i: usize) -> String {
     format!("{:032x}", (i as u128 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
 }
 
-fn line(i: usize) -> Result<StoredReply, serde_json::Error> {
+fn line(i: usize) -> NewReply {
     let text = format!("reply {i} ").repeat(60);
     let reply = format!(
         r#"{{"choices": [{{"message": {{"role": "assistant", "content": "{text}"}}, "finish_reason": "stop"}}]}}"#
     );
     let request = format!(r#"{{"model": "m", "messages": [{{"role": "user", "content": "{text}"}}]}}"#);
-    Ok(StoredReply {
-        key: key(i),
-        request: RawValue::from_string(request)?,
-        reply: RawValue::from_string(reply)?,
-        latency_ms: 1000,
-        attempts: 1,
-    })
+    NewReply { key: key(i), request: request.into(), reply, latency_ms: 1000, attempts: 1 }
 }
 
 async fn fill(dir: &Path, replies: usize) -> Result<(), Box<dyn Error>> {
     let (store, _) = ReplyStore::open(dir)?;
     for start in (store.len()..replies).step_by(10_000) {
-        let lines = (start..replies.min(start + 10_000)).map(line).collect::<Result<Vec<_>, _>>()?;
+        let lines = (start..replies.min(start + 10_000)).map(line);
         // Together, so that they are written in groups.
-        futures_util::future::try_join_all(lines.into_iter().map(|line| store.put(line))).await?;
+        futures_util::future::try_join_all(lines.map(|line| store.put(line))).await?;
     }
     Ok(())
 }

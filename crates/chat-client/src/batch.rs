@@ -372,7 +372,7 @@ impl Client {
         let request =
             batches.waiting().get(key).map_or_else(|| "null".into(), |waiting| waiting.line.clone());
         if !self.store().has(key) {
-            self.keep(key, request.as_bytes(), &reply, 0, attempts).await?;
+            self.keep(key, request.into(), &reply, 0, attempts).await?;
             self.count(reply.usage());
         }
         self.free(batches, key, reply.usage());

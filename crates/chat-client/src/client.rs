@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde_json::value::RawValue;
 use tokio::sync::{Notify, OnceCell};
 use tokio::time::Instant;
 
@@ -17,7 +16,7 @@ use crate::endpoint::{Endpoint, Endpoints, Failure};
 use crate::flow::Passed;
 use crate::retry::delay;
 use crate::settings::{Closed, Counts, Settings, Source, Stored, Streaming};
-use crate::store::{ReplyStore, StoredReply};
+use crate::store::{NewReply, ReplyStore};
 use crate::{ChatRequest, Error, Reply, Usage};
 
 #[derive(Debug, Default)]
@@ -138,7 +137,7 @@ impl Client {
     /// The stored reply, or the server's. `None` when the client was closed before the request started.
     /// Requests that are the same are sent once.
     pub async fn complete(&self, request: &ChatRequest) -> Result<Option<Stored>, Error> {
-        let body = request.body().to_string();
+        let body = request.text();
         let key = request.key_of(&body);
         if let Some(found) = self.stored(&key)? {
             return Ok(Some(found));
@@ -299,7 +298,7 @@ impl Client {
                 self.ledger.settle(&request.model, reserved, usage);
                 self.count(usage);
                 let latency_ms = latency.as_millis() as u64;
-                self.keep(key, &body, &reply, latency_ms, attempt).await.map_err(Some)?;
+                self.keep(key, body, &reply, latency_ms, attempt).await.map_err(Some)?;
                 return Ok(Ok(Stored { reply, source: Source::Server, latency_ms, attempts: attempt }));
             }
             Err(failure) => Failure { renamed: endpoint.renames_limit(&body, &failure), ..failure },
@@ -332,20 +331,12 @@ impl Client {
     pub(crate) async fn keep(
         &self,
         key: &str,
-        body: &[u8],
+        request: Bytes,
         reply: &Reply,
         latency_ms: u64,
         attempts: u32,
     ) -> Result<(), Error> {
-        let raw =
-            |text: &str| RawValue::from_string(text.to_owned()).map_err(|e| Error::Setup(e.to_string()));
-        let line = StoredReply {
-            key: key.into(),
-            request: raw(std::str::from_utf8(body).unwrap_or("null"))?,
-            reply: raw(reply.raw())?,
-            latency_ms,
-            attempts,
-        };
-        self.store.put(line).await
+        let reply = reply.raw().to_owned();
+        self.store.put(NewReply { key: key.into(), request, reply, latency_ms, attempts }).await
     }
 }

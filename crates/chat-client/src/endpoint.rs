@@ -27,6 +27,35 @@ const FAILURES: u32 = 4;
 /// Longest time without a byte where the reply is streamed.
 const SILENCE: Duration = Duration::from_mins(2);
 
+/// Headers with a limit, what is left of it, and when it is whole again.
+const LIMITS: [(Told, &str, &str, &str); 5] = [
+    (
+        Told::Requests,
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+        "x-ratelimit-reset-requests",
+    ),
+    (Told::Tokens, "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
+    (
+        Told::Requests,
+        "anthropic-ratelimit-requests-limit",
+        "anthropic-ratelimit-requests-remaining",
+        "anthropic-ratelimit-requests-reset",
+    ),
+    (
+        Told::Input,
+        "anthropic-ratelimit-input-tokens-limit",
+        "anthropic-ratelimit-input-tokens-remaining",
+        "anthropic-ratelimit-input-tokens-reset",
+    ),
+    (
+        Told::Output,
+        "anthropic-ratelimit-output-tokens-limit",
+        "anthropic-ratelimit-output-tokens-remaining",
+        "anthropic-ratelimit-output-tokens-reset",
+    ),
+];
+
 /// Where requests go.
 #[derive(Debug, Clone)]
 pub struct Server {
@@ -270,31 +299,15 @@ impl Endpoint {
     /// Takes over the limits that the headers tell.
     fn learn(&self, headers: &HeaderMap) {
         let text = |name: &str| headers.get(name)?.to_str().ok();
-        let names =
-            [(Told::Requests, "x-ratelimit-", "-requests"), (Told::Tokens, "x-ratelimit-", "-tokens")];
-        for (what, before, after) in names {
-            let part = |part: &str| text(&format!("{before}{part}{after}"));
-            let number = |name| part(name)?.parse::<f64>().ok();
-            let reset = part("reset").and_then(span);
-            if let (Some(limit), Some(left), Some(reset)) = (number("limit"), number("remaining"), reset) {
-                self.pace.told(what, limit, left, reset);
-            }
-        }
-        let names = [
-            (Told::Requests, "anthropic-ratelimit-requests-"),
-            (Told::Input, "anthropic-ratelimit-input-tokens-"),
-            (Told::Output, "anthropic-ratelimit-output-tokens-"),
-        ];
-        for (what, before) in names {
-            let part = |part: &str| text(&format!("{before}{part}"));
-            let number = |name| part(name)?.parse::<f64>().ok();
-            // The reset is a time of day here; the server's own clock tells how far away it is.
-            let until = part("reset").and_then(|at| at.parse::<jiff::Timestamp>().ok());
-            let now = server_now(headers).and_then(|now| jiff::Timestamp::try_from(now).ok());
-            if let (Some(limit), Some(left), Some(until), Some(now)) =
-                (number("limit"), number("remaining"), until, now)
-            {
-                let reset = Duration::try_from(until.duration_since(now)).unwrap_or_default();
+        let number = |name: &str| text(name)?.parse::<f64>().ok();
+        for (what, limit, left, reset) in LIMITS {
+            let Some(limit) = number(limit) else { continue };
+            let reset = match self.provider {
+                Provider::OpenAi => text(reset).and_then(span),
+                // A time of day here; the server's own clock tells how far away it is.
+                Provider::Anthropic => text(reset).and_then(|at| until(at, headers)),
+            };
+            if let (Some(left), Some(reset)) = (number(left), reset) {
                 self.pace.told(what, limit, left, reset);
             }
         }
@@ -325,6 +338,12 @@ impl Failure {
     }
 }
 
+/// The time until a time of day.
+fn until(at: &str, headers: &HeaderMap) -> Option<Duration> {
+    let now = jiff::Timestamp::try_from(server_now(headers)?).ok()?;
+    Some(Duration::try_from(at.parse::<jiff::Timestamp>().ok()?.duration_since(now)).unwrap_or_default())
+}
+
 /// The server's clock, or ours where it tells none.
 fn server_now(headers: &HeaderMap) -> Option<SystemTime> {
     httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
@@ -337,8 +356,8 @@ fn asked(headers: &HeaderMap) -> Option<Duration> {
     if let Some(ms) = ms.and_then(|ms| Duration::try_from_secs_f64(ms / 1000.0).ok()) {
         return Some(ms);
     }
-    let now = server_now(headers).unwrap_or_else(SystemTime::now);
-    retry_after(text(RETRY_AFTER.as_str()), now)
+    let told = text(RETRY_AFTER.as_str())?;
+    retry_after(Some(told), server_now(headers).unwrap_or_else(SystemTime::now))
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

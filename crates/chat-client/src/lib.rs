@@ -34,4 +34,4 @@ pub use provider::Provider;
 pub use reply::{Reply, Usage};
 pub use request::{ChatMessage, ChatRequest, Reasoning};
 pub use settings::{Closed, Counts, Settings, Source, Stored, Streaming};
-pub use store::{Found, ReplyStore, StoredReply};
+pub use store::{Found, NewReply, ReplyStore, StoredReply};

@@ -78,6 +78,30 @@ impl ChatRequest {
         body.into()
     }
 
+    /// [`ChatRequest::body`] as text.
+    pub(crate) fn text(&self) -> String {
+        if !self.extra.is_empty() {
+            return self.body().to_string();
+        }
+        // What nearly every request is, without a tree of values in between.
+        let (limit, max_tokens) = match self.reasoning {
+            Some(_) => (self.max_tokens, None),
+            None => (None, self.max_tokens),
+        };
+        let plain = Plain {
+            model: &self.model,
+            messages: &self.messages,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            max_completion_tokens: limit,
+            max_tokens,
+            seed: self.seed.map(|seed| seed.wrapping_add(u64::from(self.sample))),
+            reasoning_effort: self.effort(),
+            response_format: self.response_format(),
+        };
+        serde_json::to_string(&plain).expect("a request serialises")
+    }
+
     fn effort(&self) -> Option<Value> {
         match self.reasoning.as_ref()? {
             Reasoning::Effort(effort) => Some(effort.clone().into()),
@@ -95,7 +119,7 @@ impl ChatRequest {
 
     /// Key of the whole request: equal keys mean equal bodies and the same sample.
     pub fn key(&self) -> String {
-        self.key_of(&self.body().to_string())
+        self.key_of(&self.text())
     }
 
     /// The same where the body is there as text.
@@ -111,6 +135,27 @@ impl ChatRequest {
         }
         hasher.update(b"]").finalize().to_hex()[..32].to_string()
     }
+}
+
+/// The fields of a body in their order.
+#[derive(Serialize)]
+struct Plain<'a> {
+    model: &'a str,
+    messages: &'a [ChatMessage],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    temperature: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_p: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_completion_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_effort: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    response_format: Option<Value>,
 }
 
 #[cfg(test)]
@@ -142,6 +187,11 @@ mod tests {
         others[8].schema = Some(("s".into(), json!({"type": "object"})));
         others[9].extra.insert("top_k".into(), 5.into());
         assert_eq!(base.key(), request().key());
+        // Keys of earlier runs stay what they are.
+        for request in &others {
+            let tree = request.body().to_string();
+            assert_eq!(request.text(), tree);
+        }
         let mut keys: Vec<String> = others.iter().map(ChatRequest::key).collect();
         keys.push(base.key());
         keys.sort();

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::sync::oneshot;
@@ -35,6 +36,21 @@ pub struct StoredReply {
     pub attempts: u32,
 }
 
+/// A reply that is to be stored, with texts that are JSON without a line break: they are written as they are.
+#[derive(Debug, Clone)]
+pub struct NewReply {
+    /// Key of the request.
+    pub key: String,
+    /// The request's body.
+    pub request: Bytes,
+    /// The reply's body, as it came.
+    pub reply: String,
+    /// Milliseconds from sending the request to the whole reply.
+    pub latency_ms: u64,
+    /// Attempts it took.
+    pub attempts: u32,
+}
+
 type Ack = oneshot::Sender<Result<(), String>>;
 
 /// What was found when the store was opened.
@@ -52,7 +68,7 @@ pub struct ReplyStore {
     path: PathBuf,
     index: Arc<Mutex<Index>>,
     reader: Mutex<File>,
-    jobs: Option<mpsc::Sender<(Box<StoredReply>, Ack)>>,
+    jobs: Option<mpsc::Sender<(Box<NewReply>, Ack)>>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -117,7 +133,7 @@ impl ReplyStore {
     }
 
     /// Stores a reply; when this returns it is on the disk.
-    pub async fn put(&self, reply: StoredReply) -> Result<(), Error> {
+    pub async fn put(&self, reply: NewReply) -> Result<(), Error> {
         let failed = |reason: String| Error::Store { path: self.path.clone(), reason };
         let (ack, done) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(|| failed("is closed".into()))?;
@@ -145,7 +161,7 @@ fn write_groups(
     mut file: File,
     mut index_file: File,
     mut offset: u64,
-    queue: &mpsc::Receiver<(Box<StoredReply>, Ack)>,
+    queue: &mpsc::Receiver<(Box<NewReply>, Ack)>,
     index: &Mutex<Index>,
 ) {
     while let Ok(first) = queue.recv() {

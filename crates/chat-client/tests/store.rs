@@ -6,19 +6,17 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
-use chat_client::{Found, ReplyStore, StoredReply};
-use serde_json::value::RawValue;
+use chat_client::{Found, NewReply, ReplyStore};
 
 fn key(i: usize) -> String {
     format!("{i:032x}")
 }
 
-fn line(i: usize) -> StoredReply {
-    let raw = |text: String| RawValue::from_string(text).unwrap();
-    StoredReply {
+fn line(i: usize) -> NewReply {
+    NewReply {
         key: key(i),
-        request: raw(format!("{{\"n\": {i}}}")),
-        reply: raw(format!("{{\"text\": \"reply {i}\", \"price\": 0.1000}}")),
+        request: format!("{{\"n\": {i}}}").into(),
+        reply: format!("{{\"text\": \"reply {i}\", \"price\": 0.1000}}"),
         latency_ms: 7,
         attempts: 1,
     }

@@ -1,5 +1,6 @@
 //! The messages to teachers and judges: one template a method, with its reply form.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -36,6 +37,10 @@ pub struct Prompt {
     environment: Environment<'static>,
     style: Style,
     form: Form,
+    /// Part above the line, where it is the same for every row.
+    above: Option<String>,
+    /// A template looks at the messages one by one.
+    takes_messages: bool,
 }
 
 impl Prompt {
@@ -59,7 +64,18 @@ impl Prompt {
             let added = environment.add_template_owned(name, part.to_string());
             added.context("the prompt template does not parse")?;
         }
-        Ok(Self { environment, style, form })
+        let mut used = HashSet::new();
+        for (_, template) in environment.templates() {
+            used.extend(template.undeclared_variables(false));
+        }
+        let variables = environment.get_template("above")?.undeclared_variables(false);
+        let above = if variables.iter().all(|name| name == "json") {
+            let rendered = environment.get_template("above")?.render(context! { json => form == Form::Json });
+            Some(rendered.context("the prompt template fails")?)
+        } else {
+            None
+        };
+        Ok(Self { environment, style, form, above, takes_messages: used.contains("messages") })
     }
 
     /// Compiles a file, or the built-in template.
@@ -85,9 +101,10 @@ impl Prompt {
     }
 
     fn render(&self, answer: &Answer, responses: &minijinja::Value) -> Result<Vec<ChatMessage>> {
+        let messages: &[ChatMessage] = if self.takes_messages { &answer.messages } else { &[] };
         let values = context! {
             prompt => answer.prompt(),
-            messages => minijinja::Value::from(Serde(&answer.messages)),
+            messages => minijinja::Value::from(Serde(messages)),
             json => self.form == Form::Json,
             ..responses.clone()
         };
@@ -96,7 +113,8 @@ impl Prompt {
             let text = template.render(&values);
             text.with_context(|| format!("the prompt template fails for id {}", answer.id))
         };
-        let (above, below) = (part("above")?, part("below")?);
+        let above = self.above.clone().map_or_else(|| part("above"), Ok)?;
+        let below = part("below")?;
         Ok(match self.style {
             Style::System => vec![ChatMessage::system(above), ChatMessage::user(below)],
             Style::Single if above.is_empty() => vec![ChatMessage::user(below)],

@@ -169,6 +169,7 @@ fn speed(options: &Options, binary: &Path) -> Result<()> {
     ensure!(took.is_success, "clair-gen failed: {}", options.dir.join("speed.log").display());
     tell("ours", options.rows, took);
     report(&format!("  {:.1} % of the best possible", 100.0 * best / took.wall));
+    floor(options, &server)?;
     drop(server);
     let Some(venv) = &options.venv else { return Ok(()) };
     let rows = options.peer_rows;
@@ -383,13 +384,37 @@ fn kills(options: &Options, binary: &Path) -> Result<()> {
     Ok(())
 }
 
-fn store(options: &Options) -> Result<()> {
+/// The same requests by the HTTP client alone.
+fn floor(options: &Options, server: &Loopback) -> Result<()> {
+    let log = options.dir.join("speed/replies/replies.jsonl");
+    let mut plain = Command::new(example("plain")?);
+    plain.arg(format!("{}/chat/completions", server.url)).arg(log).arg(options.in_flight.to_string());
+    let output = plain.output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let numbers: Vec<f64> = text.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    let &[wall, cpu, failed] = numbers.as_slice() else {
+        bail!("the HTTP client alone failed: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    ensure!(failed == 0.0, "{failed} requests of the HTTP client alone failed");
+    let per_call = 1e6 * cpu / options.rows as f64;
+    report(&format!(
+        "the same requests by reqwest alone, nothing kept: {wall:.2} s, {per_call:.0} µs CPU a call"
+    ));
+    Ok(())
+}
+
+/// A built example of the client.
+fn example(name: &str) -> Result<PathBuf> {
     let built =
-        cargo(&["build", "--release", "--quiet", "--package", "chat-client", "--example", "store"]).status();
+        cargo(&["build", "--release", "--quiet", "--package", "chat-client", "--example", name]).status();
     ensure!(built.context("cannot run cargo")?.success(), "building failed");
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    Ok(target.join("release/examples").join(name))
+}
+
+fn store(options: &Options) -> Result<()> {
     let dir = options.dir.join(format!("store-{}", options.replies));
-    let binary = target.join("release/examples/store");
+    let binary = example("store")?;
     let output = Command::new(binary).arg(options.replies.to_string()).arg(&dir).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
