@@ -61,21 +61,11 @@ pub struct ChatRequest {
 impl ChatRequest {
     /// The JSON body in OpenAI's form.
     pub fn body(&self) -> Value {
-        let mut body = Map::new();
-        body.insert("model".into(), self.model.clone().into());
-        body.insert("messages".into(), json!(self.messages));
-        let limit = if self.reasoning.is_some() { "max_completion_tokens" } else { "max_tokens" };
-        let options = [
-            ("temperature", self.temperature.map(Value::from)),
-            ("top_p", self.top_p.map(Value::from)),
-            (limit, self.max_tokens.map(Value::from)),
-            ("seed", self.seed.map(|seed| Value::from(seed.wrapping_add(u64::from(self.sample))))),
-            ("reasoning_effort", self.effort()),
-            ("response_format", self.response_format()),
-        ];
-        body.extend(options.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))));
-        body.extend(self.extra.clone());
-        body.into()
+        let mut body = serde_json::to_value(self.plain()).expect("a request serialises");
+        if let Some(fields) = body.as_object_mut() {
+            fields.extend(self.extra.clone());
+        }
+        body
     }
 
     /// [`ChatRequest::body`] as text.
@@ -84,11 +74,16 @@ impl ChatRequest {
             return self.body().to_string();
         }
         // What nearly every request is, without a tree of values in between.
+        serde_json::to_string(&self.plain()).expect("a request serialises")
+    }
+
+    /// All fields but the further ones.
+    fn plain(&self) -> Plain<'_> {
         let (limit, max_tokens) = match self.reasoning {
             Some(_) => (self.max_tokens, None),
             None => (None, self.max_tokens),
         };
-        let plain = Plain {
+        Plain {
             model: &self.model,
             messages: &self.messages,
             temperature: self.temperature,
@@ -98,8 +93,7 @@ impl ChatRequest {
             seed: self.seed.map(|seed| seed.wrapping_add(u64::from(self.sample))),
             reasoning_effort: self.effort(),
             response_format: self.response_format(),
-        };
-        serde_json::to_string(&plain).expect("a request serialises")
+        }
     }
 
     fn effort(&self) -> Option<Value> {
