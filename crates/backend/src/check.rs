@@ -106,6 +106,14 @@ mod tests {
 
     #[cfg(feature = "flex")]
     #[test]
+    fn flex_computes_in_16_bits_what_it_does_in_32() {
+        let opened = crate::Backend::Flex.open(None).unwrap_or_else(|error| panic!("{error}"));
+        let want = run(&opened.device, DType::F32);
+        compare(&opened, DType::BF16, &want, ALLOWED_NARROW).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
     fn a_wrong_result_is_named() {
         let mut opened = crate::under_test();
         opened.backend = crate::Backend::Tch;

@@ -116,7 +116,7 @@ impl Backend {
 
     /// Computes in 16-bit brain floats with 32-bit weights, losses and reductions.
     pub fn has_bfloat16(self) -> bool {
-        matches!(self, Self::Tch | Self::Cuda)
+        matches!(self, Self::Flex | Self::Tch | Self::Cuda)
     }
 
     /// Tensors are in the memory of this process.
@@ -128,12 +128,9 @@ impl Backend {
         if self.has_bfloat16() { "float32 and bfloat16" } else { "float32" }
     }
 
-    /// Errors where tensors cannot be of 16 bits.
-    pub fn holds_bfloat16(self) -> Result<(), Error> {
-        match self {
-            Self::Flex | Self::Tch | Self::Cuda => Ok(()),
-            Self::Wgpu | Self::CubeclCuda => Err(Error::Dtype { backend: self, dtype: "bfloat16" }),
-        }
+    /// Errors where it does not.
+    pub fn check_bfloat16(self) -> Result<(), Error> {
+        if self.has_bfloat16() { Ok(()) } else { Err(Error::Dtype { backend: self, dtype: "bfloat16" }) }
     }
 }
 

@@ -414,7 +414,7 @@ pub(crate) fn single(x: Tensor<2>) -> Tensor<2> {
 
 /// In this data type.
 pub(crate) fn as_type(x: Tensor<2>, dtype: DType) -> Tensor<2> {
-    if x.dtype() == dtype { x } else { x.cast(dtype) }
+    if x.dtype() == dtype { x } else { fused_ops::cast(x, dtype.into()) }
 }
 
 fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {

@@ -343,8 +343,7 @@ pub struct DeviceArgs {
     /// Name the devices of every backend this binary was built with, and exit; no other flag is looked at.
     #[arg(long)]
     pub list_devices: bool,
-    /// bfloat16 computes in 16 bits where the backend does (tch, cuda); generation holds and multiplies weights in
-    /// 16 bits on flex too [default: float32].
+    /// bfloat16 computes in 16 bits (flex, tch, cuda) [default: float32].
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
 }

@@ -22,26 +22,10 @@ impl Target {
     /// Opens what was asked for.
     pub fn open(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
         let backend = args.backend();
-        if args.is_narrow() && !backend.has_bfloat16() {
-            let error = backend::Error::Dtype { backend, dtype: "bfloat16" };
-            return Err(error.into());
+        if args.is_narrow() {
+            backend.check_bfloat16()?;
         }
-        Self::of(args, tell)
-    }
-
-    /// The same for a model that only generates: on Flex its weights may be of 16 bits beside activations of 32.
-    pub fn to_generate(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
-        if args.backend() != Backend::Flex {
-            return Self::open(args, tell);
-        }
-        let held = if args.is_narrow() { DType::BF16 } else { DType::F32 };
-        Ok(Self { held, ..Self::of(args, tell)? })
-    }
-
-    fn of(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
-        let backend = args.backend();
-        let narrow = args.is_narrow() && backend.has_bfloat16();
-        let dtype = if narrow { DType::BF16 } else { DType::F32 };
+        let dtype = if args.is_narrow() { DType::BF16 } else { DType::F32 };
         let opened = backend.open(args.device)?;
         backend::self_check(&opened)?;
         if args.is_given() {
@@ -52,6 +36,16 @@ impl Target {
             ));
         }
         Ok(Self { opened, dtype, held: DType::F32 })
+    }
+
+    /// The same for a model that only generates: on Flex weights of 16 bits go with activations of 32.
+    pub fn to_generate(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
+        let target = Self::open(args, tell)?;
+        let Self { opened, dtype, .. } = target;
+        Ok(match opened.backend {
+            Backend::Flex => Self { opened, dtype: DType::F32, held: dtype },
+            _ => Self { opened, dtype, held: DType::F32 },
+        })
     }
 }
 

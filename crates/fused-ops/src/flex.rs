@@ -1,16 +1,17 @@
 //! The kernels as operations of the Flex backend.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{DispatchDevice, Flex};
-use burn::tensor::{Bytes, DType, Shape, Tensor};
+use burn::tensor::{Bytes, DType, FloatDType, Shape, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::kernels::dither::{Computed, Weight};
 use crate::kernels::matrix::{Mat, product_of};
 use crate::kernels::panel::{Element, has_narrow_products};
-use crate::kernels::simd::CHUNK;
 use crate::kernels::{self, attention::Operands};
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm, packed, paged};
 use crate::ops::{FusedOps, Three, Two};
@@ -21,25 +22,50 @@ fn flat(t: &FlexTensor) -> FlexTensor {
     t.to_contiguous()
 }
 
-/// The values of a weight; those of a 16-bit one, which is never trained, are widened into `buffer`.
-fn wide<'a>(weight: &'a FlexTensor, buffer: &'a mut Vec<f32>) -> &'a [f32] {
-    if weight.dtype() == DType::F32 {
-        return weight.storage();
+/// The values of a weight. One of 16 bits is never trained.
+fn weight(w: &FlexTensor) -> Weight<'_> {
+    if w.dtype() == DType::BF16 { Weight::Narrow(w.storage()) } else { Weight::Single(w.storage()) }
+}
+
+/// All of a weight's values in the type of products.
+fn whole<T: Computed>(w: &FlexTensor) -> Cow<'_, [T]> {
+    let [rows, cols] = dims(w);
+    T::of_weight(weight(w), 0..rows * cols)
+}
+
+/// Runs `body` for the element type of a tensor.
+macro_rules! typed {
+    ($tensor:expr, $t:ident => $body:expr) => {
+        match $tensor.dtype() {
+            DType::BF16 => {
+                type $t = bf16;
+                $body
+            }
+            _ => {
+                type $t = f32;
+                $body
+            }
+        }
+    };
+}
+
+fn in_type(x: &FlexTensor, dtype: DType) -> FlexTensor {
+    let x = flat(x);
+    match (x.dtype(), dtype) {
+        (DType::F32, DType::BF16) => like(elementwise::cast::<f32, bf16>(x.storage()), &x),
+        (DType::BF16, DType::F32) => like(elementwise::cast::<bf16, f32>(x.storage()), &x),
+        (DType::F32, DType::F32) | (DType::BF16, DType::BF16) => x,
+        (from, to) => unreachable!("activations are f32 or bf16: {from:?} to {to:?}"),
     }
-    let narrow: &[bf16] = weight.storage();
-    *buffer = vec![0.0; narrow.len()];
-    let chunks = buffer.par_chunks_mut(CHUNK).zip(narrow.par_chunks(CHUNK));
-    chunks.for_each(|(wide, narrow)| wide.iter_mut().zip(narrow).for_each(|(w, n)| *w = n.to_f32()));
-    buffer
 }
 
-fn new(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+fn new<T: Element>(values: Vec<T>, shape: &[usize]) -> FlexTensor {
     let layout = Layout::contiguous(Shape::from(shape.to_vec()));
-    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
+    FlexTensor::new(Bytes::from_elems(values), layout, T::dtype())
 }
 
-fn like(values: Vec<f32>, other: &FlexTensor) -> FlexTensor {
-    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(other.layout().shape().clone()), DType::F32)
+fn like<T: Element>(values: Vec<T>, other: &FlexTensor) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(other.layout().shape().clone()), T::dtype())
 }
 
 fn dims(t: &FlexTensor) -> [usize; 2] {
@@ -119,39 +145,55 @@ fn paged_step<T: Element>(
 }
 
 impl FusedOps for Flex {
+    fn weight_as(w: FlexTensor, like_this: FlexTensor) -> FlexTensor {
+        let w = flat(&w);
+        typed!(like_this, T => like(whole::<T>(&w).into_owned(), &w))
+    }
+
+    fn fused_cast(x: FlexTensor, dtype: FloatDType) -> FlexTensor {
+        in_type(&x, dtype.into())
+    }
+
     fn fused_linear(x: FlexTensor, w: FlexTensor) -> FlexTensor {
         let (x, w) = (flat(&x), flat(&w));
         let ([tokens, inner], [outer, inner_w]) = (dims(&x), dims(&w));
         assert_eq!(inner, inner_w, "linear: x has {inner} features, the weight takes {inner_w}");
-        let mut buffer = Vec::new();
-        let (a, b) = (Mat::rows(x.storage(), inner), Mat::rows(wide(&w, &mut buffer), inner).t());
-        new(product_of((tokens, outer, inner), a, b), &[tokens, outer])
+        typed!(x, T => {
+            let w = whole::<T>(&w);
+            let (a, b) = (Mat::<T>::rows(x.storage(), inner), Mat::rows(&w, inner).t());
+            new(product_of::<T, T>((tokens, outer, inner), a, b), &[tokens, outer])
+        })
     }
 
     fn linear_grad_input(grad: FlexTensor, w: FlexTensor) -> FlexTensor {
         let (grad, w) = (flat(&grad), flat(&w));
         let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&w));
-        let mut buffer = Vec::new();
-        let (g, w) = (Mat::rows(grad.storage(), outer), Mat::rows(wide(&w, &mut buffer), inner));
-        new(product_of((tokens, inner, outer), g, w), &[tokens, inner])
+        typed!(grad, T => {
+            let w = whole::<T>(&w);
+            let (g, w) = (Mat::<T>::rows(grad.storage(), outer), Mat::rows(&w, inner));
+            new(product_of::<T, T>((tokens, inner, outer), g, w), &[tokens, inner])
+        })
     }
 
     fn linear_grad_weight(grad: FlexTensor, x: FlexTensor) -> FlexTensor {
         let (grad, x) = (flat(&grad), flat(&x));
         let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&x));
-        let (g, x) = (Mat::rows(grad.storage(), outer), Mat::rows(x.storage(), inner));
-        new(product_of((outer, inner, tokens), g.t(), x), &[outer, inner])
+        typed!(grad, T => {
+            let (g, x) = (Mat::<T>::rows(grad.storage(), outer), Mat::rows(x.storage(), inner));
+            new(product_of::<T, f32>((outer, inner, tokens), g.t(), x), &[outer, inner])
+        })
     }
 
     fn fused_rms_norm(x: FlexTensor, w: FlexTensor, eps: f32) -> FlexTensor {
-        let (x, w) = (flat(&x), flat(&w));
-        like(norm::rms_forward(x.storage(), w.storage(), eps), &x)
+        let (single, w) = (in_type(&x, DType::F32), flat(&w));
+        in_type(&like(norm::rms_forward(single.storage(), w.storage(), eps), &x), x.dtype())
     }
 
     fn rms_norm_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor, eps: f32) -> Two<Self> {
-        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
-        let (dx, dw) = norm::rms_backward(grad.storage(), x.storage(), w.storage(), eps);
-        (like(dx, &x), like(dw, &w))
+        let [grad, single] = [&grad, &x].map(|t| in_type(t, DType::F32));
+        let w = flat(&w);
+        let (dx, dw) = norm::rms_backward(grad.storage(), single.storage(), w.storage(), eps);
+        (in_type(&like(dx, &x), x.dtype()), like(dw, &w))
     }
 
     fn fused_layer_norm(x: FlexTensor, w: FlexTensor, b: FlexTensor, eps: f32) -> FlexTensor {
@@ -173,28 +215,30 @@ impl FusedOps for Flex {
             "rotary: {features} features are not heads of {}",
             table.dim
         );
-        like(elementwise::rotate(x.storage(), features, &table, sign), &x)
+        typed!(x, T => like(elementwise::rotate::<T>(x.storage(), features, &table, sign), &x))
     }
 
     fn fused_gated(gate: FlexTensor, up: FlexTensor, kind: Activation) -> FlexTensor {
         let (gate, up) = (flat(&gate), flat(&up));
-        like(elementwise::gated_forward(gate.storage(), up.storage(), kind), &gate)
+        typed!(gate, T => like(elementwise::gated_forward::<T>(gate.storage(), up.storage(), kind), &gate))
     }
 
     fn gated_backward(grad: FlexTensor, gate: FlexTensor, up: FlexTensor, kind: Activation) -> Two<Self> {
         let (grad, gate, up) = (flat(&grad), flat(&gate), flat(&up));
-        let (dg, du) = elementwise::gated_backward(grad.storage(), gate.storage(), up.storage(), kind);
-        (like(dg, &gate), like(du, &up))
+        typed!(gate, T => {
+            let (dg, du) = elementwise::gated_backward::<T>(grad.storage(), gate.storage(), up.storage(), kind);
+            (like(dg, &gate), like(du, &up))
+        })
     }
 
     fn fused_activate(x: FlexTensor, kind: Activation) -> FlexTensor {
         let x = flat(&x);
-        like(elementwise::activate_forward(x.storage(), kind), &x)
+        typed!(x, T => like(elementwise::activate_forward::<T>(x.storage(), kind), &x))
     }
 
     fn activate_backward(grad: FlexTensor, x: FlexTensor, kind: Activation) -> FlexTensor {
         let (grad, x) = (flat(&grad), flat(&x));
-        like(elementwise::activate_backward(grad.storage(), x.storage(), kind), &x)
+        typed!(x, T => like(elementwise::activate_backward::<T>(grad.storage(), x.storage(), kind), &x))
     }
 
     fn fused_attention(
@@ -206,9 +250,11 @@ impl FusedOps for Flex {
         scores: Scores,
     ) -> Two<Self> {
         let (q, k, v) = (flat(&q), flat(&k), flat(&v));
-        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
-        let (out, lse) = attn::forward(x, &segments);
-        (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))
+        typed!(q, T => {
+            let x = Operands::<T> { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
+            let (out, lse) = attn::forward(x, &segments);
+            (like(out, &q), new(lse, &[dims(&q)[0], heads.query]))
+        })
     }
 
     fn attention_backward(
@@ -223,24 +269,26 @@ impl FusedOps for Flex {
         scores: Scores,
     ) -> Three<Self> {
         let (grad, q, k, v) = (flat(&grad), flat(&q), flat(&k), flat(&v));
-        let x = Operands { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
-        let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), lse.storage());
-        (like(dq, &q), like(dk, &k), like(dv, &v))
+        typed!(q, T => {
+            let x = Operands::<T> { q: q.storage(), k: k.storage(), v: v.storage(), heads, scores };
+            let [dq, dk, dv] = attn::backward(x, &segments, grad.storage(), lse.storage());
+            (like(dq, &q), like(dk, &k), like(dv, &v))
+        })
     }
 
     fn packed(w: FlexTensor, narrow: bool) -> FlexTensor {
         let w = flat(&w);
-        let ([rows, k], mut buffer) = (dims(&w), Vec::new());
-        let values = wide(&w, &mut buffer);
+        let [rows, k] = dims(&w);
+        let values = whole::<f32>(&w);
         if narrow {
-            panels(packed::pack::<bf16>(values, rows, k), packed::shape::<bf16>(rows, k))
+            panels(packed::pack::<bf16>(&values, rows, k), packed::shape::<bf16>(rows, k))
         } else {
-            panels(packed::pack::<f32>(values, rows, k), packed::shape::<f32>(rows, k))
+            panels(packed::pack::<f32>(&values, rows, k), packed::shape::<f32>(rows, k))
         }
     }
 
     fn packed_linear(x: FlexTensor, w: FlexTensor, rows: usize) -> FlexTensor {
-        let x = flat(&x);
+        let (dtype, x) = (x.dtype(), in_type(&x, DType::F32));
         let ([tokens, k], [padded, inner]) = (dims(&x), dims(&w));
         assert!(
             rows <= padded && k <= inner && inner < k + 2,
@@ -250,7 +298,7 @@ impl FusedOps for Flex {
             DType::BF16 => packed::linear::<bf16>(x.storage(), k, w.storage(), rows),
             _ => packed::linear::<f32>(x.storage(), k, w.storage(), rows),
         };
-        new(out, &[tokens, rows])
+        in_type(&new(out, &[tokens, rows]), dtype)
     }
 
     fn new_cache(_: FlexTensor, narrow: bool, slots: usize, heads: Heads) -> Two<Self> {
@@ -274,12 +322,13 @@ impl FusedOps for Flex {
         heads: Heads,
         scores: Scores,
     ) -> Three<Self> {
-        let (q, k, v) = (flat(&q), flat(&k), flat(&v));
+        let dtype = q.dtype();
+        let [q, k, v] = [q, k, v].map(|x| in_type(&x, DType::F32));
         let out = match keys.dtype() {
             DType::BF16 => paged_step::<bf16>([&q, &k, &v], [&mut keys, &mut values], &spans, heads, scores),
             _ => paged_step::<f32>([&q, &k, &v], [&mut keys, &mut values], &spans, heads, scores),
         };
-        (like(out, &q), keys, values)
+        (in_type(&like(out, &q), dtype), keys, values)
     }
 
     fn fused_sums(values: FlexTensor, plan: Arc<Vec<(u32, u32)>>, sums: usize) -> FlexTensor {
@@ -304,9 +353,10 @@ impl FusedOps for Flex {
 
     fn fused_head(hidden: FlexTensor, w: FlexTensor, targets: Arc<Vec<u32>>, logits: Logits) -> Three<Self> {
         let (hidden, w) = (flat(&hidden), flat(&w));
-        let (n, [_, dim]) = (targets.len(), dims(&w));
-        let mut buffer = Vec::new();
-        let result = lm_head::forward(hidden.storage(), wide(&w, &mut buffer), dim, &targets, logits);
+        let (n, [vocab, dim]) = (targets.len(), dims(&w));
+        let result = typed!(hidden, T => {
+            lm_head::forward::<T>(hidden.storage(), weight(&w), (vocab, dim), &targets, logits)
+        });
         (new(result.logps, &[n]), new(result.stats, &[n, 4]), new(result.lse, &[n]))
     }
 
@@ -320,11 +370,13 @@ impl FusedOps for Flex {
         of_weight: bool,
     ) -> Two<Self> {
         let (grad, hidden, w) = (flat(&grad), flat(&hidden), flat(&w));
-        let dim = dims(&w)[1];
-        let mut buffer = Vec::new();
-        let (g, h, weight) = (grad.storage(), hidden.storage(), wide(&w, &mut buffer));
-        let (dh, dw) = lm_head::backward(g, h, weight, dim, &targets, lse.storage(), logits, of_weight);
-        let dw = if of_weight { like(dw, &w) } else { new(dw, &[0, dim]) };
-        (like(dh, &hidden), dw)
+        let ([vocab, dim], table) = (dims(&w), weight(&w));
+        let (g, lse) = (grad.storage(), lse.storage());
+        let (dh, dw) = typed!(hidden, T => {
+            let h: &[T] = hidden.storage();
+            lm_head::backward(g, h, table, (vocab, dim), &targets, lse, logits, of_weight)
+        });
+        let shape = [if of_weight { vocab } else { 0 }, dim];
+        (in_type(&new(dh, &[targets.len(), dim]), hidden.dtype()), new(dw, &shape))
     }
 }

@@ -70,6 +70,7 @@ node!(
         B::attention_backward(g, q, k, v, out, lse, segments, heads, scores).into()
     }
 );
+node!(Cast<B>, 1, FloatDType, |g, dtype| [B::fused_cast(g, dtype)]);
 node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
 
 /// A tensor of the graph.
@@ -176,6 +177,17 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
 
     fn upload_indices(like: FloatTensor<Self>, values: Vec<u32>, shape: Vec<usize>) -> IntTensor<Self> {
         <Self as AutodiffBackend>::int_from_inner(B::upload_indices(like.into_primitive(), values, shape))
+    }
+
+    fn fused_cast(x: FloatTensor<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        let (nodes, known, id) = ([x.node()], known([&x], []), x.id());
+        let x = x.into_primitive();
+        let before = FloatDType::from(x.dtype());
+        let out = B::fused_cast(x, dtype);
+        match again(Cast, nodes, &known, [id], move |[x]: [_; 1]| B::fused_cast(x, dtype)) {
+            OpsKind::Tracked(p) => p.finish(before, out),
+            OpsKind::UnTracked(p) => p.finish(out),
+        }
     }
 
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {

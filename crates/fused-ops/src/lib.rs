@@ -26,8 +26,8 @@ mod paged;
 mod segments;
 
 pub use ops::{
-    Cache, Packed, activate, attention, cached_attention, gated, head, layer_norm, linear, narrow, rms_norm,
-    rotary, select, sum_into, upload,
+    Cache, Packed, activate, attention, cached_attention, cast, gated, head, layer_norm, linear, narrow,
+    rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use paged::{PAGE, Span};

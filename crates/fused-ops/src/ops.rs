@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
 use tracing::trace_span;
 
 use crate::generic::{self, Value};
@@ -42,6 +42,10 @@ pub(crate) trait FusedOps: Backend {
     /// A weight in the data type of `like`.
     fn weight_as(w: FloatTensor<Self>, like: FloatTensor<Self>) -> FloatTensor<Self> {
         Value::<Self>(w).cast(like.dtype()).0
+    }
+    /// Rounded to the nearest.
+    fn fused_cast(x: FloatTensor<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        Self::float_cast(x, dtype)
     }
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear::<Self>(Value(x), Value(w)).0
@@ -238,6 +242,12 @@ pub fn upload<const D: usize>(values: Vec<f32>, shape: [usize; D], like: &Tensor
 pub fn narrow(weight: Tensor<2>) -> Tensor<2> {
     let like = Tensor::<2>::zeros([1, 1], (&weight.device(), DType::BF16));
     dispatch(<Dispatch as FusedOps>::weight_as(weight.into_dispatch(), like.into_dispatch()))
+}
+
+/// An activation in another data type. What it returns is not kept for a backward pass but computed again.
+pub fn cast(x: Tensor<2>, dtype: FloatDType) -> Tensor<2> {
+    let _span = trace_span!("Cast").entered();
+    dispatch(<Dispatch as FusedOps>::fused_cast(x.into_dispatch(), dtype))
 }
 
 /// Rows of a table, `[rows.len(), cols]`.

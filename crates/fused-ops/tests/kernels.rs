@@ -211,7 +211,7 @@ fn head_matches() {
 
 #[test]
 fn weights_of_sixteen_bits_are_their_values() {
-    if under_test().backend.holds_bfloat16().is_err() {
+    if !under_test().backend.has_bfloat16() {
         return;
     }
     let (x, w) = (random(11, 24), random(9, 24).inner());
@@ -224,6 +224,41 @@ fn weights_of_sixteen_bits_are_their_values() {
     assert_eq!(difference(&head(&wide), &head(&narrow)), 0.0);
     let gradient = |w: &Tensor<2>| x.grad(&(linear(w).sum() + head(w).sum()).backward()).unwrap();
     assert_eq!(difference(&gradient(&wide), &gradient(&narrow)), 0.0);
+}
+
+/// A linear layer in 16 bits is the exact one of its rounded operands, rounded; the gradient of its weight is not.
+#[test]
+fn products_of_sixteen_bits_are_summed_in_thirty_two() {
+    if !under_test().backend.has_bfloat16() {
+        return;
+    }
+    // Odd sizes, fewer rows than a tile, rows that share places in a cache.
+    for (tokens, inner, outer) in [(37, 24, 41), (5, 33, 64), (50, 2048, 35), (300, 47, 100)] {
+        let (x, w, g) = (random(tokens, inner), random(outer, inner), random(tokens, outer));
+        let narrow = |t: &Tensor<2>| fused_ops::cast(t.clone(), DType::BF16.into());
+        let single = |t: Tensor<2>| fused_ops::cast(t, DType::F32.into());
+        let run = |x: Tensor<2>, w: Tensor<2>, out: &dyn Fn(Tensor<2>) -> Tensor<2>| {
+            let y = out(fused_ops::linear(x, w));
+            (y.clone(), (y * g.clone()).sum().backward())
+        };
+        let rounded = single(narrow(&g)).inner();
+        let (y, grads) = run(narrow(&x), w.clone(), &single);
+        let weight = Tensor::from_inner(single(fused_ops::narrow(w.clone().inner()))).require_grad();
+        let exact_x = Tensor::from_inner(single(narrow(&x)).inner()).require_grad();
+        let exact_y = fused_ops::linear(exact_x.clone(), weight.clone());
+        let exact = (exact_y.clone() * Tensor::from_inner(rounded)).sum().backward();
+        let of = |t: &Tensor<2>, grads| t.grad(grads).unwrap();
+        let apart = |a: &Tensor<2>, b: &Tensor<2>| {
+            difference(a, b) / b.clone().inner().abs().max().into_scalar::<f32>()
+        };
+        let size = format!("{tokens}x{inner}x{outer}");
+        assert!(apart(&y, &exact_y) < 0.005, "{size}: {:e}", apart(&y, &exact_y));
+        let (dx, want) = (of(&x, &grads), of(&exact_x, &exact));
+        assert!(apart(&dx, &want) < 0.005, "{size}: {:e}", apart(&dx, &want));
+        let (dw, want) = (of(&w, &grads), of(&weight, &exact));
+        let allowed = if under_test().backend == Backend::Flex { 1e-5 } else { 0.005 };
+        assert!(apart(&dw, &want) < allowed, "{size}: {:e}", apart(&dw, &want));
+    }
 }
 
 #[test]

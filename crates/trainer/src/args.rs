@@ -180,8 +180,8 @@ pub struct Args {
     /// Name the devices of every backend this binary was built with, and exit; no other flag is looked at.
     #[arg(long)]
     pub list_devices: bool,
-    /// bfloat16 computes matrix products and attention in 16 bits where the backend does (tch, cuda), with float32
-    /// weights, gradients, softmax and losses; an adapter's base model is then held in 16 bits, with any CPU backend.
+    /// bfloat16 computes matrix products in 16 bits (flex, tch, cuda) and keeps activations so, with float32 weights,
+    /// gradients, softmax and losses; an adapter's base model is then held in 16 bits.
     #[arg(long, value_enum, default_value = "float32")]
     pub dtype: Dtype,
     /// TRL's switch for mixed precision: True is the arithmetic of --dtype bfloat16.

@@ -24,27 +24,26 @@ impl Precision {
     pub fn new(args: &Args) -> Result<Self, String> {
         let adapter = args.peft.use_peft || args.peft.adapter_path.is_some();
         let narrow = args.dtype == Dtype::Bfloat16;
-        let mixed = args.backend.has_bfloat16() && (narrow || args.bf16 == Some(true));
-        if narrow && !mixed {
-            args.backend.holds_bfloat16().map_err(|error| error.to_string())?;
+        let mixed = narrow || args.bf16 == Some(true);
+        if mixed {
+            args.backend.check_bfloat16().map_err(|error| error.to_string())?;
         }
         let name = |narrow: bool| if narrow { "bfloat16" } else { "float32" };
         Ok(Self {
-            dtype: name(narrow || mixed),
+            dtype: name(mixed),
             frozen: name(narrow && adapter),
             compute: name(mixed),
-            reason: match (mixed, narrow && adapter, args.backend.has_bfloat16()) {
-                (true, true, _) => {
+            reason: match (mixed, narrow && adapter) {
+                (true, true) => {
                     "asked for: products and the base model in bfloat16, what is trained and all sums in float32"
                 }
-                (true, false, _) => {
+                (true, false) => {
                     "asked for: products in bfloat16; weights, gradients, softmax and losses in float32"
                 }
-                (false, true, _) => {
-                    "asked for: the base model's matrices in bfloat16; adapter and arithmetic in float32"
+                _ if args.backend.has_bfloat16() => {
+                    "full precision; this backend also computes in --dtype bfloat16"
                 }
-                (false, false, true) => "full precision; this backend also computes in --dtype bfloat16",
-                (false, false, false) => "full precision: this backend has no faster type for training",
+                _ => "full precision: this backend has no faster type for training",
             },
         })
     }

@@ -13,21 +13,8 @@ pub fn check(args: &Args) -> Result<(), String> {
     let adapter = args.peft.use_peft || args.peft.adapter_path.is_some();
     let rules = [
         (
-            args.dtype == Dtype::Bfloat16
-                && !adapter
-                && !args.backend.has_bfloat16()
-                && args.backend.holds_bfloat16().is_ok(),
-            "--dtype bfloat16 has no effect here without an adapter (--use-peft): weights that are trained are float32, \
-             and of the backends tch and cuda compute in bfloat16",
-        ),
-        (
-            args.bf16 == Some(true) && !args.backend.has_bfloat16(),
-            "--bf16 True: mixed precision is not available with this backend, but with tch and cuda; leave it out or \
-             give False",
-        ),
-        (
-            args.bf16 == Some(false) && args.dtype == Dtype::Bfloat16 && args.backend.has_bfloat16(),
-            "--bf16 False and --dtype bfloat16 contradict each other with this backend",
+            args.bf16 == Some(false) && args.dtype == Dtype::Bfloat16,
+            "--bf16 False and --dtype bfloat16 contradict each other",
         ),
         (
             args.sync_ref_model && args.precompute_ref_log_probs == Some(true),

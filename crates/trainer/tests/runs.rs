@@ -234,9 +234,9 @@ fn flags_without_effect_are_usage_errors() {
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
         assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     }
-    let with_flex = run(command(dir.path()).args(["--backend", "flex", "--bf16", "True"]));
-    assert_eq!(with_flex.status.code(), Some(2));
-    assert!(stderr(&with_flex).contains("--bf16"), "{}", stderr(&with_flex));
+    let both = run(command(dir.path()).args(["--dtype", "bfloat16", "--bf16", "False"]));
+    assert_eq!(both.status.code(), Some(2));
+    assert!(stderr(&both).contains("--bf16"), "{}", stderr(&both));
     // What only the data can tell.
     let output = run(command(dir.path()).args(["--sync-ref-model"]));
     assert!(stderr(&output).contains("--ref-model-sync-steps is 512"), "{}", stderr(&output));

@@ -11,8 +11,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub use super::blocks::Operands;
-use super::blocks::{Block, GATHERED, Gathered, Task, blocks, in_place, parts};
+use super::blocks::{Block, Gathered, Task, blocks};
+use super::elementwise::cast;
 use super::matrix::{Mat, Shared, matmul_block};
+use super::panel::Element;
 use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, weighted_sums, wide};
 use crate::{Scores, Segment, Segments};
 
@@ -31,10 +33,18 @@ struct Buffers {
 }
 
 /// Rows of a block, one after the other.
-fn gather(x: &Operands, data: &[f32], s: &Segment, block: Block, kv: usize, into: &mut Vec<f32>) {
+fn gather<T: Element>(
+    x: &Operands<T>,
+    data: &[T],
+    s: &Segment,
+    block: Block,
+    kv: usize,
+    into: &mut Vec<f32>,
+) {
     into.clear();
     let first = s.query + block.first;
-    (first..first + block.len).for_each(|token| into.extend_from_slice(&data[x.of_query(token, kv)]));
+    (first..first + block.len)
+        .for_each(|token| into.extend(data[x.of_query(token, kv)].iter().map(|value| value.single())));
 }
 
 fn cap(scores: &mut [f32], cap: Option<f32>) {
@@ -47,44 +57,31 @@ fn cap(scores: &mut [f32], cap: Option<f32>) {
 }
 
 /// Attention output (query-shaped) and log-sum-exp, `[queries, heads.query]`.
-pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
+pub fn forward<T: Element>(x: Operands<T>, segments: &Segments) -> (Vec<T>, Vec<f32>) {
     let (heads, group) = (x.heads, x.group());
-    let mut out = vec![0.0; x.q.len()];
-    let mut lse = vec![0.0; x.q.len() / heads.dim];
-    let (out_ptr, lse_ptr) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
+    let dim = heads.dim;
+    let mut out = vec![T::default(); x.q.len()];
+    let mut lse = vec![0.0; x.q.len() / dim];
+    let to = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks = Task::all(segments, heads).into_par_iter();
     tasks.for_each_init(Buffers::default, |buffers: &mut Buffers, task| {
         let Buffers { gathered, p, q, out, .. } = buffers;
-        let Task { s, kv, start, end } = task;
-        let copied = (end - start >= GATHERED).then(|| gathered.fill(&x, &task));
-        let pieces =
-            copied.map_or_else(|| in_place(&x, &s, kv), |keys| vec![gathered.piece(keys, heads.dim)]);
+        let Task { s, kv, .. } = task;
+        let keys = gathered.fill(&x, &task);
+        let piece = gathered.piece(keys, dim);
         for block in blocks(&task, group, x.scores.window) {
             let (rows, keys) = (block.len * group, block.keys());
+            let (kt, v) = (piece.kt.skip_cols(block.start), piece.v.skip_rows(block.start));
             gather(&x, x.q, &s, block, kv, q);
             p.resize(rows * keys, 0.0);
-            out.resize(rows * heads.dim, 0.0);
-            for (at, piece) in parts(&pieces, block) {
-                let size = (rows, piece.len, heads.dim);
-                matmul_block(
-                    &mut p[at..],
-                    keys,
-                    false,
-                    size,
-                    Mat::rows(q, heads.dim),
-                    piece.kt,
-                    x.scores.scale,
-                );
-            }
+            out.resize(rows * dim, 0.0);
+            matmul_block(p, keys, false, (rows, keys, dim), Mat::rows(q, dim), kt, x.scores.scale);
             cap(p, x.scores.softcap);
             let sums = softmax(p, block, group);
-            for (i, (at, piece)) in parts(&pieces, block).enumerate() {
-                let size = (rows, heads.dim, piece.len);
-                matmul_block(out, heads.dim, i > 0, size, Mat::rows(&p[at..], keys), piece.v, 1.0);
-            }
+            matmul_block(out, dim, false, (rows, dim, keys), Mat::rows(p, keys), v, 1.0);
             // SAFETY: queries of different segments and the features of different heads are disjoint, so no other
             // task writes these elements.
-            unsafe { write_rows(&x, &s, block, kv, out, &sums, [out_ptr, lse_ptr]) };
+            unsafe { write_rows(&x, &s, block, kv, out, &sums, to) };
         }
     });
     (out, lse)
@@ -94,14 +91,14 @@ pub fn forward(x: Operands, segments: &Segments) -> (Vec<f32>, Vec<f32>) {
 ///
 /// # Safety
 /// No other thread may touch the rows of this block within the features of this key head's queries.
-unsafe fn write_rows(
-    x: &Operands,
+unsafe fn write_rows<T: Element>(
+    x: &Operands<T>,
     s: &Segment,
     block: Block,
     kv: usize,
     rows: &[f32],
     sums: &[(f32, f32)],
-    [out, lse]: [Shared; 2],
+    (out, lse): (Shared<T>, Shared),
 ) {
     let (group, dim) = (x.group(), x.heads.dim);
     for (row, (from, &(sum, of_row))) in rows.chunks_exact(dim).zip(sums).enumerate() {
@@ -110,15 +107,15 @@ unsafe fn write_rows(
         // SAFETY: the caller's promise.
         unsafe {
             for (j, &value) in from.iter().enumerate() {
-                *out.get().add(at + j) = value / sum;
+                *out.get().add(at + j) = T::of(value / sum);
             }
             *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
         }
     }
 }
 
-impl Shared {
-    fn get(self) -> *mut f32 {
+impl<T> Shared<T> {
+    fn get(self) -> *mut T {
         self.0
     }
 }
@@ -144,15 +141,15 @@ fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
 }
 
 /// Gradients with respect to `q`, `k` and `v`, given that of the output.
-pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> [Vec<f32>; 3] {
-    let mut dq = vec![0.0; x.q.len()];
+pub fn backward<T: Element>(x: Operands<T>, segments: &Segments, grad: &[T], lse: &[f32]) -> [Vec<T>; 3] {
+    let mut dq = vec![T::default(); x.q.len()];
     let dq_ptr = Shared(dq.as_mut_ptr());
     let tasks = Task::all(segments, x.heads);
     let shares: Vec<[Vec<f32>; 2]> = tasks
         .par_iter()
         .map_init(Buffers::default, |buffers: &mut Buffers, task| {
             // SAFETY: queries of different tasks and the features of different heads are disjoint.
-            unsafe { task_backward(&x, task, [grad, lse], buffers, dq_ptr) }
+            unsafe { task_backward(&x, task, (grad, lse), buffers, dq_ptr) }
         })
         .collect();
     let mut sums = [vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
@@ -166,7 +163,7 @@ pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> 
             }
         }
     }
-    let [dk, dv] = sums;
+    let [dk, dv] = sums.map(|sums| cast(&sums));
     [dq, dk, dv]
 }
 
@@ -174,12 +171,12 @@ pub fn backward(x: Operands, segments: &Segments, grad: &[f32], lse: &[f32]) -> 
 ///
 /// # Safety
 /// No other thread may touch the rows of this task in `dq` within the features of its key head's queries.
-unsafe fn task_backward(
-    x: &Operands,
+unsafe fn task_backward<T: Element>(
+    x: &Operands<T>,
     task: &Task,
-    [grad, lse]: [&[f32]; 2],
+    (grad, lse): (&[T], &[f32]),
     buffers: &mut Buffers,
-    dq: Shared,
+    dq: Shared<T>,
 ) -> [Vec<f32>; 2] {
     let (group, dim) = (x.group(), x.heads.dim);
     let (s, kv) = (&task.s, task.kv);
@@ -202,7 +199,7 @@ unsafe fn task_backward(
         matmul_block(ds, keys, false, (rows, keys, dim), g, vt, 1.0);
         let tokens = first..first + block.len;
         let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
-        score_gradients(x, block, &shifts, p, ds);
+        score_gradients(x.scores, group, block, &shifts, p, ds);
         let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
         let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
         matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
@@ -213,7 +210,7 @@ unsafe fn task_backward(
             let from = &o[i * group * dim..(i + 1) * group * dim];
             let to = x.of_query(token, kv).start;
             // SAFETY: the caller's promise.
-            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), dq.get().add(to), from.len()) };
+            from.iter().enumerate().for_each(|(j, &value)| unsafe { *dq.get().add(to + j) = T::of(value) });
         }
     }
     [dk, dv]
@@ -222,9 +219,9 @@ unsafe fn task_backward(
 /// Turns scores into probabilities (`p`) and `dp`, their gradient, into that of the unscaled scores; `lse` is of the
 /// block's rows. What a row's gradients have in common is taken from these same numbers, and not from the output: so
 /// they add up to 0 as they should, to within the rounding of one sum.
-fn score_gradients(x: &Operands, block: Block, lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
-    let (keys, group) = (block.keys(), x.group());
-    let Scores { scale, softcap, .. } = x.scores;
+fn score_gradients(scores: Scores, group: usize, block: Block, lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
+    let keys = block.keys();
+    let Scores { scale, softcap, .. } = scores;
     for (row, &shift) in lse.iter().enumerate() {
         let Range { start, end } = block.visible(row / group);
         let (p, dp) = (&mut p[row * keys..(row + 1) * keys], &mut dp[row * keys..(row + 1) * keys]);

@@ -3,39 +3,33 @@
 use std::ops::Range;
 
 use super::matrix::Mat;
+use super::panel::Element;
 use crate::{Heads, Scores, Segment, Segments};
 
 /// Rows of a block, of all query heads that share a key head: scores of a thousand keys stay in a second-level cache.
 const ROWS: usize = 48;
-
-/// Keys and values are copied side by side for at least so many queries.
-pub const GATHERED: usize = 8;
 
 /// Queries of a task: long segments are taken apart, however many threads there are.
 const QUERIES: usize = 1024;
 
 /// Operands of one attention call; activations are `[tokens, heads * dim]`.
 #[derive(Clone, Copy)]
-pub struct Operands<'a> {
+pub struct Operands<'a, T> {
     /// Queries.
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// Keys.
-    pub k: &'a [f32],
+    pub k: &'a [T],
     /// Values.
-    pub v: &'a [f32],
+    pub v: &'a [T],
     /// Head layout.
     pub heads: Heads,
     /// How scores are made.
     pub scores: Scores,
 }
 
-impl<'a> Operands<'a> {
+impl<T> Operands<'_, T> {
     pub fn group(&self) -> usize {
         self.heads.query / self.heads.kv
-    }
-
-    pub fn key_stride(&self) -> usize {
-        self.heads.kv * self.heads.dim
     }
 
     /// Features of the query heads of key head `kv` for one token, one after the other.
@@ -49,11 +43,6 @@ impl<'a> Operands<'a> {
     pub fn of_lse(&self, token: usize, kv: usize) -> Range<usize> {
         let at = (token * self.heads.kv + kv) * self.group();
         at..at + self.group()
-    }
-
-    /// Rows from `token` on of a key head.
-    pub fn of_key(&self, data: &'a [f32], token: usize, kv: usize) -> Mat<'a> {
-        Mat::rows(&data[(token * self.heads.kv + kv) * self.heads.dim..], self.key_stride())
     }
 }
 
@@ -132,7 +121,6 @@ pub struct Piece<'a> {
     pub kt: Mat<'a>,
     pub v: Mat<'a>,
     pub vt: Mat<'a>,
-    pub len: usize,
 }
 
 /// Copies of the keys and values of a segment for one key head: prefix and own side by side, and transposed.
@@ -146,7 +134,7 @@ pub struct Gathered {
 
 impl Gathered {
     /// Returns the number of keys.
-    pub fn fill(&mut self, x: &Operands, task: &Task) -> usize {
+    pub fn fill<T: Element>(&mut self, x: &Operands<T>, task: &Task) -> usize {
         let (keys, dim) = (task.s.prefix_len + task.end, x.heads.dim);
         for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)]
         {
@@ -154,8 +142,10 @@ impl Gathered {
             transposed.resize(keys * dim, 0.0);
             for (i, token) in task.keys().enumerate() {
                 let row = &data[(token * x.heads.kv + task.kv) * dim..][..dim];
-                plain[i * dim..(i + 1) * dim].copy_from_slice(row);
-                row.iter().enumerate().for_each(|(j, &value)| transposed[j * keys + i] = value);
+                for (j, value) in row.iter().map(|value| value.single()).enumerate() {
+                    plain[i * dim + j] = value;
+                    transposed[j * keys + i] = value;
+                }
             }
         }
         keys
@@ -164,32 +154,6 @@ impl Gathered {
     pub fn piece(&self, keys: usize, dim: usize) -> Piece<'_> {
         let [k, v] = [&self.k, &self.v].map(|data| Mat::rows(data, dim));
         let [kt, vt] = [&self.kt, &self.vt].map(|data| Mat::rows(data, keys));
-        Piece { k, kt, v, vt, len: keys }
+        Piece { k, kt, v, vt }
     }
-}
-
-/// Keys and values where they are: the prefix and the segment's own.
-pub fn in_place<'a>(x: &Operands<'a>, s: &Segment, kv: usize) -> Vec<Piece<'a>> {
-    let piece = |token, len| {
-        let (k, v) = (x.of_key(x.k, token, kv), x.of_key(x.v, token, kv));
-        Piece { k, kt: k.t(), v, vt: v.t(), len }
-    };
-    let parts = [(s.prefix, s.prefix_len), (s.own, s.len)];
-    parts.into_iter().filter(|part| part.1 > 0).map(|(token, len)| piece(token, len)).collect()
-}
-
-/// The parts of pieces that hold a block's keys: with each the block's first key in it.
-pub fn parts<'a>(pieces: &[Piece<'a>], block: Block) -> impl Iterator<Item = (usize, Piece<'a>)> {
-    let mut at = 0;
-    pieces.iter().filter_map(move |piece| {
-        let (first, end) = (at.max(block.start), (at + piece.len).min(block.end));
-        let skip = first.saturating_sub(at);
-        at += piece.len;
-        (first < end).then(|| {
-            let Piece { k, kt, v, vt, .. } = *piece;
-            let (k, kt, v, vt) =
-                (k.skip_rows(skip), kt.skip_cols(skip), v.skip_rows(skip), vt.skip_cols(skip));
-            (first - block.start, Piece { k, kt, v, vt, len: end - first })
-        })
-    })
 }

@@ -7,8 +7,14 @@
 //! threshold depends on the place of the weight alone: the same weights give the same results in every pass and run,
 //! and a weight that is a 16-bit float already stays exactly that.
 
+use std::borrow::Cow;
+use std::ops::Range;
+
+use half::bf16;
 use rayon::prelude::*;
 
+use super::elementwise::cast;
+use super::panel::Element;
 use super::simd::{CHUNK, wide};
 
 /// Threshold of element `i`, 16 bits (the finalizer of MurmurHash3).
@@ -19,10 +25,46 @@ fn threshold(i: u32) -> u32 {
     i >> 16
 }
 
-/// Rounds `values` into the bits of brain floats.
-pub fn dither(values: &[f32], out: &mut [u16]) {
+/// A weight as it is held.
+#[derive(Clone, Copy)]
+pub enum Weight<'a> {
+    Single(&'a [f32]),
+    /// Of a model that is not trained.
+    Narrow(&'a [bf16]),
+}
+
+/// Types that products are computed in.
+pub trait Computed: Element {
+    /// These elements of a weight.
+    fn of_weight(weight: Weight<'_>, part: Range<usize>) -> Cow<'_, [Self]>;
+}
+
+impl Computed for f32 {
+    fn of_weight(weight: Weight<'_>, part: Range<usize>) -> Cow<'_, [f32]> {
+        match weight {
+            Weight::Single(values) => Cow::Borrowed(&values[part]),
+            Weight::Narrow(values) => Cow::Owned(cast(&values[part])),
+        }
+    }
+}
+
+impl Computed for bf16 {
+    fn of_weight(weight: Weight<'_>, part: Range<usize>) -> Cow<'_, [bf16]> {
+        match weight {
+            Weight::Single(values) => {
+                let mut out = vec![bf16::ZERO; part.len()];
+                dither(&values[part.clone()], part.start, bytemuck::cast_slice_mut(&mut out));
+                Cow::Owned(out)
+            }
+            Weight::Narrow(values) => Cow::Borrowed(&values[part]),
+        }
+    }
+}
+
+/// Rounds `values`, the elements from `first` on of a weight, into the bits of brain floats.
+pub fn dither(values: &[f32], first: usize, out: &mut [u16]) {
     out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (out, values))| {
-        let first = (chunk * CHUNK) as u32;
+        let first = (first + chunk * CHUNK) as u32;
         wide(
             #[inline(always)]
             || {
@@ -41,11 +83,10 @@ pub fn dither(values: &[f32], out: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
 
     fn dithered(values: &[f32]) -> Vec<f32> {
         let mut out = vec![0; values.len()];
-        dither(values, &mut out);
+        dither(values, 0, &mut out);
         out.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
     }
 

@@ -1,8 +1,11 @@
-//! Activations, gated or not, and the rotary embedding.
+//! Activations, gated or not, the rotary embedding, and casts.
+
+#![allow(unsafe_code)]
 
 use rayon::prelude::*;
 
-use super::simd::{CHUNK, exp, tanh, wide};
+use super::panel::Element;
+use super::simd::{CHUNK, exp, made, tanh, wide};
 use crate::{Activation, Rotary};
 
 /// Value and derivative of an activation.
@@ -38,106 +41,134 @@ impl Curve for GeluTanh {
 macro_rules! with_curve {
     ($kind:expr, $function:ident($($argument:expr),*)) => {
         match $kind {
-            Activation::Silu => $function::<Silu>($($argument),*),
-            Activation::GeluTanh => $function::<GeluTanh>($($argument),*),
+            Activation::Silu => $function::<Silu, _>($($argument),*),
+            Activation::GeluTanh => $function::<GeluTanh, _>($($argument),*),
         }
     };
 }
 
 /// `out = activation(gate) * up`.
-pub fn gated_forward(gate: &[f32], up: &[f32], kind: Activation) -> Vec<f32> {
+pub fn gated_forward<T: Element>(gate: &[T], up: &[T], kind: Activation) -> Vec<T> {
     with_curve!(kind, gated_values(gate, up))
 }
 
 /// Gradients of [`gated_forward`] with respect to `gate` and `up`.
-pub fn gated_backward(grad: &[f32], gate: &[f32], up: &[f32], kind: Activation) -> (Vec<f32>, Vec<f32>) {
+pub fn gated_backward<T: Element>(grad: &[T], gate: &[T], up: &[T], kind: Activation) -> (Vec<T>, Vec<T>) {
     with_curve!(kind, gated_gradients(grad, gate, up))
 }
 
 /// `out = activation(x)`.
-pub fn activate_forward(x: &[f32], kind: Activation) -> Vec<f32> {
+pub fn activate_forward<T: Element>(x: &[T], kind: Activation) -> Vec<T> {
     with_curve!(kind, values(x))
 }
 
 /// Gradient of [`activate_forward`].
-pub fn activate_backward(grad: &[f32], x: &[f32], kind: Activation) -> Vec<f32> {
+pub fn activate_backward<T: Element>(grad: &[T], x: &[T], kind: Activation) -> Vec<T> {
     with_curve!(kind, gradients(grad, x))
 }
 
-fn gated_values<C: Curve>(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; gate.len()];
-    out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
-        |((out, gate), up)| {
-            wide(
-                #[inline(always)]
-                || {
-                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                        *out = C::at(g).0 * u;
-                    }
-                },
-            );
-        },
-    );
-    out
+fn gated_values<C: Curve, T: Element>(gate: &[T], up: &[T]) -> Vec<T> {
+    // SAFETY: every chunk is written, here and below.
+    unsafe {
+        made(gate.len(), |out| {
+            let chunks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+            chunks.for_each(|((out, gate), up)| {
+                wide(
+                    #[inline(always)]
+                    || {
+                        for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                            out.write(T::of(C::at(g.single()).0 * u.single()));
+                        }
+                    },
+                );
+            });
+        })
+    }
 }
 
-fn gated_gradients<C: Curve>(grad: &[f32], gate: &[f32], up: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let (mut dg, mut du) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
-    dg.par_chunks_mut(CHUNK)
-        .zip(du.par_chunks_mut(CHUNK))
-        .zip(grad.par_chunks(CHUNK))
-        .zip(gate.par_chunks(CHUNK))
-        .zip(up.par_chunks(CHUNK))
-        .for_each(|((((dg, du), d), gate), up)| {
-            wide(
-                #[inline(always)]
-                || {
-                    for i in 0..d.len() {
-                        let (value, slope) = C::at(gate[i]);
-                        du[i] = d[i] * value;
-                        dg[i] = d[i] * up[i] * slope;
-                    }
-                },
-            );
-        });
+fn gated_gradients<C: Curve, T: Element>(grad: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
+    let mut dg = Vec::new();
+    let chunks = grad.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+    // SAFETY: as above.
+    let du = unsafe {
+        made(gate.len(), |du| {
+            dg = made(gate.len(), |dg| {
+                let out = du.par_chunks_mut(CHUNK).zip(dg.par_chunks_mut(CHUNK));
+                out.zip(chunks).for_each(|((du, dg), ((d, gate), up))| {
+                    wide(
+                        #[inline(always)]
+                        || {
+                            for i in 0..d.len() {
+                                let (value, slope) = C::at(gate[i].single());
+                                let d = d[i].single();
+                                du[i].write(T::of(d * value));
+                                dg[i].write(T::of(d * up[i].single() * slope));
+                            }
+                        },
+                    );
+                });
+            });
+        })
+    };
     (dg, du)
 }
 
-fn values<C: Curve>(x: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| {
-        wide(
-            #[inline(always)]
-            || {
-                for (out, &x) in out.iter_mut().zip(x) {
-                    *out = C::at(x).0;
-                }
-            },
-        );
-    });
-    out
+/// Applies `f` to each element.
+fn map<T: Element, O: Copy + Send>(x: &[T], f: impl Fn(T) -> O + Copy + Send + Sync) -> Vec<O> {
+    // SAFETY: as above.
+    unsafe {
+        made(x.len(), |out| {
+            out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| {
+                wide(
+                    #[inline(always)]
+                    || out.iter_mut().zip(x).for_each(|(out, &x)| _ = out.write(f(x))),
+                );
+            });
+        })
+    }
 }
 
-fn gradients<C: Curve>(grad: &[f32], x: &[f32]) -> Vec<f32> {
-    let mut dx = vec![0.0; x.len()];
-    dx.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK)).for_each(|((dx, d), x)| {
-        wide(
-            #[inline(always)]
-            || {
-                for ((dx, &d), &x) in dx.iter_mut().zip(d).zip(x) {
-                    *dx = d * C::at(x).1;
-                }
-            },
-        );
-    });
-    dx
+/// Values of another type.
+pub fn cast<T: Element, O: Element>(x: &[T]) -> Vec<O> {
+    map(
+        x,
+        #[inline(always)]
+        |x| O::of(x.single()),
+    )
+}
+
+fn values<C: Curve, T: Element>(x: &[T]) -> Vec<T> {
+    map(
+        x,
+        #[inline(always)]
+        |x| T::of(C::at(x.single()).0),
+    )
+}
+
+fn gradients<C: Curve, T: Element>(grad: &[T], x: &[T]) -> Vec<T> {
+    // SAFETY: as above.
+    unsafe {
+        made(x.len(), |dx| {
+            let chunks = dx.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK));
+            chunks.for_each(|((dx, d), x)| {
+                wide(
+                    #[inline(always)]
+                    || {
+                        for ((dx, &d), &x) in dx.iter_mut().zip(d).zip(x) {
+                            dx.write(T::of(d.single() * C::at(x.single()).1));
+                        }
+                    },
+                );
+            });
+        })
+    }
 }
 
 /// Rotates each pair `(x[i], x[i + half])` of every head by its token's angle; `sign` is 1 for the
 /// forward pass and -1 for the backward pass (the transpose). Features beyond `2 · half` are copied.
-pub fn rotate(x: &[f32], features: usize, table: &Rotary, sign: f32) -> Vec<f32> {
+pub fn rotate<T: Element>(x: &[T], features: usize, table: &Rotary, sign: f32) -> Vec<T> {
     let Rotary { half, dim, .. } = *table;
-    let mut out = vec![0.0; x.len()];
+    let mut out = vec![T::default(); x.len()];
     let tokens = out.par_chunks_mut(features).zip(x.par_chunks(features));
     tokens.zip(table.cos.par_chunks(half)).zip(table.sin.par_chunks(half)).with_min_len(16).for_each(
         |(((out, x), cos), sin)| {
@@ -150,8 +181,9 @@ pub fn rotate(x: &[f32], features: usize, table: &Rotary, sign: f32) -> Vec<f32>
                         let (a, b) = x[..2 * half].split_at(half);
                         for i in 0..half {
                             let s = sign * sin[i];
-                            out_a[i] = a[i] * cos[i] - b[i] * s;
-                            out_b[i] = b[i] * cos[i] + a[i] * s;
+                            let (a, b) = (a[i].single(), b[i].single());
+                            out_a[i] = T::of(a * cos[i] - b * s);
+                            out_b[i] = T::of(b * cos[i] + a * s);
                         }
                     }
                 },

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::dither::{Computed, Weight};
 use super::matrix::{Mat, matmul};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
@@ -97,14 +98,20 @@ impl Row {
 }
 
 /// `hidden`: `[n, dim]`, `w`: `[vocab, dim]`.
-pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of: Logits) -> Forward {
-    let (n, vocab) = (targets.len(), w.len() / dim);
+pub fn forward<T: Computed>(
+    hidden: &[T],
+    w: Weight,
+    (vocab, dim): (usize, usize),
+    targets: &[u32],
+    logits_of: Logits,
+) -> Forward {
+    let n = targets.len();
     let mut rows = vec![Row::EMPTY; n];
     let mut logits = Vec::new();
     for tile in tiles(n, vocab) {
         logits.resize(n * tile.len(), 0.0);
-        let w = &w[tile.start * dim..tile.end * dim];
-        matmul(&mut logits, false, (n, tile.len(), dim), Mat::rows(hidden, dim), Mat::rows(w, dim).t());
+        let w = T::of_weight(w, tile.start * dim..tile.end * dim);
+        matmul(&mut logits, false, (n, tile.len(), dim), Mat::rows(hidden, dim), Mat::rows(&w, dim).t());
         let per_row = logits.par_chunks_mut(tile.len()).zip(&mut rows).zip(targets);
         per_row.for_each(|((z, row), &target)| {
             shape(z, logits_of);
@@ -129,27 +136,29 @@ pub fn forward(hidden: &[f32], w: &[f32], dim: usize, targets: &[u32], logits_of
 
 /// Gradients with respect to `hidden` and (if `of_weight`) `w`, given that of the log-probabilities:
 /// `dz = grad · (onehot - softmax(z))`, times the slope of cap and scale.
-pub fn backward(
+pub fn backward<T: Computed>(
     grad: &[f32],
-    hidden: &[f32],
-    w: &[f32],
-    dim: usize,
+    hidden: &[T],
+    w: Weight,
+    (vocab, dim): (usize, usize),
     targets: &[u32],
     lse: &[f32],
     logits_of: Logits,
     of_weight: bool,
 ) -> (Vec<f32>, Vec<f32>) {
-    let (n, vocab) = (targets.len(), w.len() / dim);
-    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { w.len() } else { 0 }]);
+    let n = targets.len();
+    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { vocab * dim } else { 0 }]);
     let mut logits = Vec::new();
     for tile in tiles(n, vocab) {
         let (len, add) = (tile.len(), tile.start > 0);
         logits.resize(n * len, 0.0);
         let part = tile.start * dim..tile.end * dim;
-        let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w[part.clone()], dim));
+        let w = T::of_weight(w, part.clone());
+        let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w, dim));
         matmul(&mut logits, false, (n, len, dim), h, w.t());
         gradient_rows(&mut logits, tile, targets, lse, grad, logits_of);
-        let z = Mat::rows(&logits, len);
+        let z = T::rows(&logits, len);
+        let z = Mat::rows(&z, len.next_multiple_of(T::GROUP));
         matmul(&mut dh, add, (n, dim, len), z, w);
         if of_weight {
             matmul(&mut dw[part], false, (len, dim, n), z.t(), h);

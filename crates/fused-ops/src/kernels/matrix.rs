@@ -2,9 +2,14 @@
 
 #![allow(unsafe_code)]
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use gemm::Parallelism;
+
+use super::elementwise::cast;
+use super::panel::Element;
+use super::product::{Output, panels};
 
 static FLOPS: AtomicU64 = AtomicU64::new(0);
 
@@ -20,15 +25,15 @@ pub fn count(m: usize, n: usize, k: usize) {
 
 /// A read-only matrix: element `(i, j)` is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    data: &'a [f32],
-    row: usize,
-    col: usize,
+pub struct Mat<'a, T = f32> {
+    pub data: &'a [T],
+    pub row: usize,
+    pub col: usize,
 }
 
-impl<'a> Mat<'a> {
+impl<'a, T> Mat<'a, T> {
     /// Row-major data with `row` elements from one row to the next.
-    pub fn rows(data: &'a [f32], row: usize) -> Self {
+    pub fn rows(data: &'a [T], row: usize) -> Self {
         Self { data, row, col: 1 }
     }
 
@@ -47,40 +52,86 @@ impl<'a> Mat<'a> {
         Self { data: &self.data[n * self.col..], ..self }
     }
 
-    fn holds(self, rows: usize, cols: usize) -> bool {
+    /// There is an element for each of so many rows and columns.
+    pub fn holds(&self, rows: usize, cols: usize) -> bool {
         rows == 0 || cols == 0 || (rows - 1) * self.row + (cols - 1) * self.col < self.data.len()
     }
 }
 
 /// A pointer that several threads may write through, each to its own elements.
-#[derive(Clone, Copy)]
-pub struct Shared(pub *mut f32);
+pub struct Shared<T = f32>(pub *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
 // SAFETY: whoever writes through it keeps to elements that no other thread touches; that is an
 // obligation of the unsafe functions that do.
-unsafe impl Send for Shared {}
+unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T> Sync for Shared<T> {}
 
 /// `dst = a · b` (or `dst += a · b`) for `a`: `[m, k]`, `b`: `[k, n]`, `dst`: `[m, n]` row-major, on all
 /// cores.
-pub fn matmul(dst: &mut [f32], add: bool, (m, n, k): (usize, usize, usize), a: Mat, b: Mat) {
+pub fn matmul<T: Element>(
+    dst: &mut [f32],
+    add: bool,
+    (m, n, k): (usize, usize, usize),
+    a: Mat<T>,
+    b: Mat<T>,
+) {
     assert!(dst.len() >= m * n, "the destination holds {m}x{n}");
     // SAFETY: `dst` is borrowed mutably and long enough.
-    unsafe { product(dst.as_mut_ptr(), n, add, (m, n, k), a, b, 1.0, Parallelism::Rayon(0)) }
+    unsafe { large(dst.as_mut_ptr(), add, (m, n, k), a, b) }
 }
 
-/// `a · b`, on all cores.
-pub fn product_of((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f32> {
-    if k == 0 {
-        return vec![0.0; m * n];
+/// `a · b`, on all cores; sums have 32 bits.
+pub fn product_of<T: Element, O: Output>((m, n, k): (usize, usize, usize), a: Mat<T>, b: Mat<T>) -> Vec<O> {
+    if m == 0 || n == 0 || k == 0 {
+        return vec![O::default(); m * n];
     }
     let mut out = Vec::with_capacity(m * n);
     // SAFETY: there is room for `m * n` elements, and the product writes every one of them.
     unsafe {
-        product(out.as_mut_ptr(), n, false, (m, n, k), a, b, 1.0, Parallelism::Rayon(0));
+        large(out.as_mut_ptr(), false, (m, n, k), a, b);
         out.set_len(m * n);
     }
     out
+}
+
+unsafe fn large<T: Element, O: Output>(
+    dst: *mut O,
+    add: bool,
+    (m, n, k): (usize, usize, usize),
+    a: Mat<T>,
+    b: Mat<T>,
+) {
+    assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    // SAFETY: the caller's promise about `dst`.
+    unsafe {
+        if T::has_panels() {
+            return panels(dst, add, (m, n, k), a, b);
+        }
+        let [a_data, b_data]: [Cow<'_, [f32]>; 2] = [a.data, b.data].map(widened);
+        let (a, b) =
+            (Mat { data: &a_data, row: a.row, col: a.col }, Mat { data: &b_data, row: b.row, col: b.col });
+        O::whole(dst, m * n, |dst| product(dst, n, add, (m, n, k), a, b, 1.0, Parallelism::Rayon(0)));
+    }
+}
+
+/// Values of 32 bits.
+fn widened<T: Element>(values: &[T]) -> Cow<'_, [f32]> {
+    match bytemuck::try_cast_slice(values) {
+        Ok(same) if size_of::<T>() == size_of::<f32>() => Cow::Borrowed(same),
+        _ => Cow::Owned(cast(values)),
+    }
 }
 
 /// `dst = scale · a · b` on this thread, with `stride` elements from one row of `dst` to the next.

@@ -3,7 +3,6 @@
 pub mod adamw;
 pub mod attention;
 mod blocks;
-#[cfg(any(feature = "tch", test))]
 pub mod dither;
 pub mod elementwise;
 pub mod head;
@@ -12,4 +11,5 @@ pub mod norm;
 pub mod packed;
 pub mod paged;
 pub mod panel;
+pub mod product;
 pub mod simd;

@@ -37,7 +37,7 @@ pub fn linear<T: Element>(x: &[f32], k: usize, weight: &[T], rows: usize) -> Vec
     let m = x.len() / k;
     let inner = k.next_multiple_of(T::GROUP);
     let data = T::rows(x, k);
-    let mut out = Vec::with_capacity(m * rows);
+    let mut out: Vec<f32> = Vec::with_capacity(m * rows);
     let c = Shared(out.as_mut_ptr());
     let panels = rows.div_ceil(WIDTH);
     let block = ROWS.min(m.max(1));
@@ -46,7 +46,7 @@ pub fn linear<T: Element>(x: &[f32], k: usize, weight: &[T], rows: usize) -> Vec
     (0..blocks * groups).into_par_iter().for_each(|task| {
         let (first, part) = (task % blocks * ROWS, task / blocks);
         let (count, c) = (ROWS.min(m - first), c);
-        let a = Rows { data: &data[first * inner..], stride: inner, count, k };
+        let a = Rows { data: &data[first * inner..], stride: inner, group: T::GROUP, count, k };
         for panel in part * group..((part + 1) * group).min(panels) {
             let (b, column) = (&weight[panel * WIDTH * inner..][..WIDTH * inner], panel * WIDTH);
             // SAFETY: each task writes its own rows and columns of `out`, which has room for all.

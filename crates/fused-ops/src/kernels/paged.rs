@@ -138,7 +138,7 @@ unsafe fn block<T: Element>(
     p.resize(rows * width, 0.0);
     let part = |page: u32| (page as usize * heads.kv + head) * PAGE * dim..;
     let a = T::rows(block, dim);
-    let a = Rows { data: &a, stride: dim.next_multiple_of(T::GROUP), count: rows, k: dim };
+    let a = Rows { data: &a, stride: dim.next_multiple_of(T::GROUP), group: T::GROUP, count: rows, k: dim };
     for (i, &page) in pages.iter().enumerate() {
         // SAFETY: `p` has `PAGE` columns for each page.
         unsafe { T::product(a, &keys[part(page)], PAGE, p.as_mut_ptr().add(i * PAGE), width, false) };
@@ -155,7 +155,7 @@ unsafe fn block<T: Element>(
     let stride = dim.next_multiple_of(WIDTH);
     let p = T::rows(p, width);
     for (i, &page) in pages.iter().enumerate() {
-        let a = Rows { data: &p[i * PAGE..], stride: width, count: rows, k: PAGE };
+        let a = Rows { data: &p[i * PAGE..], stride: width, group: T::GROUP, count: rows, k: PAGE };
         let values = &values[part(page)];
         for column in (0..dim).step_by(WIDTH) {
             let columns = &values[column * T::GROUP..];

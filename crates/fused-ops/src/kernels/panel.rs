@@ -19,11 +19,16 @@ use super::simd::{CHUNK, wide};
 /// Columns of a panel.
 pub const WIDTH: usize = 32;
 
-/// Rows beside a panel: `count` of `k` elements, `stride` elements from one to the next.
+/// Rows that are multiplied with a panel at a time, where the processor has 32 registers of 512 bits.
+pub const TILE: usize = 12;
+
+/// Rows beside a panel: `count` of `k` elements, `stride` elements from one to the next and `group` from one group of
+/// elements of a row to the next.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, T> {
     pub data: &'a [T],
     pub stride: usize,
+    pub group: usize,
     pub count: usize,
     pub k: usize,
 }
@@ -35,6 +40,18 @@ pub trait Element: burn::tensor::Element + bytemuck::Pod {
 
     /// Rounds to the nearest.
     fn of(value: f32) -> Self;
+
+    /// In 32 bits.
+    fn single(self) -> f32;
+
+    /// This processor multiplies them in panels faster than any other way.
+    fn has_panels() -> bool;
+
+    /// A group of elements of each of `count` columns side by side, of lines `stride` elements apart.
+    ///
+    /// # Safety
+    /// `from` must be readable for `GROUP` lines of `count` columns, `to` writable for the groups of `count` columns.
+    unsafe fn beside<const W: usize>(from: *const Self, stride: usize, count: usize, to: *mut Self);
 
     /// Rows of `k` values, those of a group that is not full filled up with 0.
     fn rows(values: &[f32], k: usize) -> Cow<'_, [Self]>;
@@ -50,7 +67,7 @@ pub trait Element: burn::tensor::Element + bytemuck::Pod {
 fn check<T: Element>(a: &Rows<T>, b: &[T], b_stride: usize) {
     let groups = a.k.div_ceil(T::GROUP);
     assert!(
-        a.count == 0 || (a.count - 1) * a.stride + groups * T::GROUP <= a.data.len(),
+        a.count * groups == 0 || (a.count - 1) * a.stride + (groups - 1) * a.group + T::GROUP <= a.data.len(),
         "rows end too early"
     );
     assert!(
@@ -62,8 +79,39 @@ fn check<T: Element>(a: &Rows<T>, b: &[T], b_stride: usize) {
 impl Element for f32 {
     const GROUP: usize = 1;
 
+    #[inline(always)]
     fn of(value: f32) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+
+    fn has_panels() -> bool {
+        // Tiles are made for registers of 512 bits.
+        #[cfg(target_arch = "x86_64")]
+        {
+            matches!(pulp::Arch::new(), pulp::Arch::V4(_))
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            false
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn beside<const W: usize>(from: *const f32, _: usize, count: usize, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if count == W {
+                // Of a size that is known: no call.
+                to.cast::<[f32; W]>().write_unaligned(from.cast::<[f32; W]>().read_unaligned());
+            } else {
+                std::ptr::copy_nonoverlapping(from, to, count);
+            }
+        }
     }
 
     fn rows(values: &[f32], _: usize) -> Cow<'_, [f32]> {
@@ -149,7 +197,7 @@ impl Product<'_> {
                     columns[j] = vector(self.b.add(k * self.b_stride + j * S::F32_LANES));
                 }
                 for i in 0..M {
-                    let x = simd.splat_f32s(*a.add(i * self.a.stride + k));
+                    let x = simd.splat_f32s(*a.add(i * self.a.stride + k * self.a.group));
                     for j in 0..V {
                         sums[i][j] = simd.mul_add_f32s(x, columns[j], sums[i][j]);
                     }
@@ -188,8 +236,35 @@ fn rounded(value: f32) -> bf16 {
 impl Element for bf16 {
     const GROUP: usize = 2;
 
+    #[inline(always)]
     fn of(value: f32) -> Self {
         rounded(value)
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    fn has_panels() -> bool {
+        has_narrow_products()
+    }
+
+    #[inline(always)]
+    unsafe fn beside<const W: usize>(from: *const bf16, stride: usize, count: usize, to: *mut bf16) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = to.cast::<[bf16; 2]>();
+            if count == W {
+                let first = from.cast::<[bf16; W]>().read_unaligned();
+                let second = from.add(stride).cast::<[bf16; W]>().read_unaligned();
+                for i in 0..W {
+                    to.add(i).write_unaligned([first[i], second[i]]);
+                }
+            } else {
+                (0..count).for_each(|i| to.add(i).write_unaligned([*from.add(i), *from.add(stride + i)]));
+            }
+        }
     }
 
     fn rows(values: &[f32], k: usize) -> Cow<'_, [bf16]> {
@@ -233,9 +308,9 @@ unsafe fn widened(a: Rows<bf16>, b: &[bf16], b_stride: usize, c: *mut f32, strid
             }
         }
     }
-    let rows = (0..a.count).flat_map(|row| &a.data[row * a.stride..][..2 * groups]);
-    let wide: Vec<f32> = rows.map(|value| value.to_f32()).collect();
-    let a = Rows { data: &wide, stride: 2 * groups, count: a.count, k: 2 * groups };
+    let of_row = |row| (0..groups).flat_map(move |i| &a.data[row * a.stride + i * a.group..][..2]);
+    let wide: Vec<f32> = (0..a.count).flat_map(of_row).map(|value| value.to_f32()).collect();
+    let a = Rows { data: &wide, stride: 2 * groups, group: 1, count: a.count, k: 2 * groups };
     // SAFETY: as the caller's.
     unsafe { f32::product(a, &panel, WIDTH, c, stride, add) }
 }
@@ -256,6 +331,7 @@ mod narrow {
     struct Operands {
         a: *const i32,
         a_stride: usize,
+        a_group: usize,
         groups: usize,
         b: *const i32,
         b_stride: usize,
@@ -280,7 +356,8 @@ mod narrow {
                     while a.count - row >= $rows {
                         let first = a.data.as_ptr().add(row * a.stride).cast();
                         let groups = a.k.div_ceil(2);
-                        let x = Operands { a: first, a_stride: a.stride, groups, b, b_stride, stride, add };
+                        let (a_stride, a_group) = (a.stride, a.group);
+                        let x = Operands { a: first, a_stride, a_group, groups, b, b_stride, stride, add };
                         tile::<$rows>(&x, c.add(row * stride));
                         row += $rows;
                     }
@@ -313,7 +390,7 @@ mod narrow {
                 let right: __m512bh = transmute(_mm512_loadu_si512(columns.add(16).cast()));
                 for i in 0..M {
                     // Rows start at any element.
-                    let pair = x.a.byte_add(2 * i * x.a_stride).add(k).read_unaligned();
+                    let pair = x.a.byte_add(2 * (i * x.a_stride + k * x.a_group)).read_unaligned();
                     let pair: __m512bh = transmute(_mm512_set1_epi32(pair));
                     sums[i][0] = _mm512_dpbf16_ps(sums[i][0], pair, left);
                     sums[i][1] = _mm512_dpbf16_ps(sums[i][1], pair, right);
@@ -354,7 +431,7 @@ mod tests {
         let before = c.clone();
         // SAFETY: `c` has 40 columns in each row.
         unsafe {
-            let a = Rows { data: &a, stride, count: rows, k };
+            let a = Rows { data: &a, stride, group: T::GROUP, count: rows, k };
             T::product(a, &panel::<T>(&b, k), WIDTH, c.as_mut_ptr(), 40, add);
         }
         for (i, &got) in c.iter().enumerate() {
@@ -388,7 +465,7 @@ mod tests {
         let (x, b) = (values(29 * 64, 1), panel::<f32>(&values(64 * WIDTH, 2), 64));
         let run = |first: usize, rows: usize| {
             let mut c = vec![0.0; rows * WIDTH];
-            let a = Rows { data: &x[first * 64..], stride: 64, count: rows, k: 64 };
+            let a = Rows { data: &x[first * 64..], stride: 64, group: 1, count: rows, k: 64 };
             // SAFETY: `c` has `WIDTH` columns.
             unsafe { f32::product(a, &b, WIDTH, c.as_mut_ptr(), WIDTH, false) };
             c
@@ -405,7 +482,7 @@ mod tests {
         let a: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
         let b = panel::<bf16>(&b, 10);
         let (mut plain, mut wide) = (vec![0.0; 3 * WIDTH], vec![0.0; 3 * WIDTH]);
-        let a = Rows { data: &a, stride: 10, count: 3, k: 10 };
+        let a = Rows { data: &a, stride: 10, group: 2, count: 3, k: 10 };
         // SAFETY: both results have `WIDTH` columns.
         unsafe {
             bf16::product(a, &b, WIDTH, plain.as_mut_ptr(), WIDTH, false);

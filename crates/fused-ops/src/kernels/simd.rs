@@ -3,6 +3,10 @@
 //! `pulp` picks the widest set the processor has; the loops are plain Rust, written so that they
 //! vectorise: no branch, and sums kept in independent lanes.
 
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+
 /// Lanes of a reduction. Wide enough for two AVX-512 registers.
 const LANES: usize = 32;
 
@@ -14,6 +18,18 @@ pub const CHUNK: usize = 16 * 1024;
 #[inline]
 pub fn wide<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
+}
+
+/// A vector of `len` values that `fill` writes, without writing zeros first.
+///
+/// # Safety
+/// `fill` must write every one of them.
+pub unsafe fn made<T>(len: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+    let mut out = Vec::with_capacity(len);
+    fill(&mut out.spare_capacity_mut()[..len]);
+    // SAFETY: the caller's promise.
+    unsafe { out.set_len(len) };
+    out
 }
 
 /// `e^x` to 1 or 2 units in the last place over the finite range (Cephes `expf`); below -87 it is 0 to

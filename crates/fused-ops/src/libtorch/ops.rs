@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::{attention, halves_mut, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
-use crate::kernels::dither::dither;
+use crate::kernels::dither::{Weight, dither};
 use crate::kernels::head::{self as lm_head, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
@@ -176,8 +176,8 @@ impl FusedOps for LibTorch {
         }
         // In f32, with this crate's product: see `logits_of`.
         let [hidden, weight] = [hidden.tensor, w.tensor].map(|x| x.to_kind(Kind::Float).contiguous());
-        let (n, dim) = (targets.len(), weight.size()[1] as usize);
-        let out = lm_head::forward(values(&hidden), values(&weight), dim, &targets, logits);
+        let (n, shape) = (targets.len(), (weight.size()[0] as usize, weight.size()[1] as usize));
+        let out = lm_head::forward(values(&hidden), Weight::Single(values(&weight)), shape, &targets, logits);
         let new = |values: &[f32], shape: &[i64]| TchTensor::new(Tensor::from_slice(values).reshape(shape));
         let n = n as i64;
         (new(&out.logps, &[n]), new(&out.stats, &[n, 4]), new(&out.lse, &[n]))
@@ -264,7 +264,7 @@ pub(super) fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
     }
     let w = w.contiguous();
     let mut out = Tensor::empty(w.size(), (kind, w.device()));
-    dither(values(&w), halves_mut(&mut out));
+    dither(values(&w), 0, halves_mut(&mut out));
     out
 }
 
