@@ -58,7 +58,8 @@ fn main() -> ExitCode {
 #[allow(clippy::print_stderr)]
 fn profiled(settings: &Settings, inspect: Option<usize>, profile: Option<&Path>) -> anyhow::Result<Outcome> {
     let profile = profile.map(Profile::start).transpose()?;
-    let outcome = run(settings, inspect);
+    // On one of the threads that compute: work that is handed to them from outside waits for two of them to wake up.
+    let outcome = rayon::scope(|_| run(settings, inspect));
     // Whatever became of the run, and without changing it.
     match profile.map(Profile::finish).transpose() {
         Ok(lines) => lines.into_iter().flatten().for_each(|line| eprintln!("{line}")),

@@ -2,7 +2,7 @@
 //!
 //! The query heads that share a key head are rows of one product. The forward pass keeps the log-sum-exp of each query
 //! and head; the backward pass computes the scores again from it (Dao et al., FlashAttention-2, arXiv 2307.08691,
-//! algorithms 1 and 2).
+//! algorithms 1 and 2). Scores are of 32 bits; probabilities and gradients are multiplied in the type of the operands.
 
 #![allow(unsafe_code)]
 
@@ -11,80 +11,120 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub use super::blocks::Operands;
-use super::blocks::{Block, Gathered, Task, blocks};
+use super::blocks::{Block, Laid, Task, blocks, plain, tiles_times, times};
 use super::elementwise::cast;
-use super::matrix::{Mat, Shared, matmul_block};
-use super::panel::Element;
+use super::layout::beside;
+use super::matrix::{Mat, Shared};
+use super::panel::{Element, TILE, WIDTH};
 use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, weighted_sums, wide};
-use crate::{Scores, Segment, Segments};
+use crate::{Heads, Scores, Segment, Segments};
+
+/// Tokens whose gradients are added up at a time.
+const TOKENS: usize = 64;
 
 /// What one task needs besides its operands.
 #[derive(Default)]
-struct Buffers {
-    gathered: Gathered,
+struct Buffers<T> {
+    k: Laid<T>,
+    v: Laid<T>,
     /// Scores, then probabilities, `[rows, keys]`.
     p: Vec<f32>,
     /// Gradients of the scores.
     ds: Vec<f32>,
-    /// Queries, output and gradients of a block, `[rows, dim]`.
-    q: Vec<f32>,
+    /// Output or gradients of a block, `[rows, dim]`.
     out: Vec<f32>,
-    grad: Vec<f32>,
+    /// Queries and gradients of a block, `[rows, dim]`.
+    q: Vec<T>,
+    grad: Vec<T>,
+    /// Their features side by side.
+    tiles: Vec<T>,
+    /// Keys of a block side by side.
+    panels: Vec<T>,
+    /// Probabilities and gradients of scores in the type of the operands.
+    narrow: [Vec<T>; 2],
 }
 
-/// Rows of a block, one after the other.
+/// Rows of a block, one after the other, whole groups each; returns the elements from one to the next.
 fn gather<T: Element>(
     x: &Operands<T>,
     data: &[T],
     s: &Segment,
     block: Block,
     kv: usize,
-    into: &mut Vec<f32>,
-) {
+    into: &mut Vec<T>,
+) -> usize {
+    let (dim, first) = (x.heads.dim, s.query + block.first);
+    let stride = dim.next_multiple_of(T::GROUP);
     into.clear();
-    let first = s.query + block.first;
-    (first..first + block.len)
-        .for_each(|token| into.extend(data[x.of_query(token, kv)].iter().map(|value| value.single())));
+    for token in first..first + block.len {
+        for row in data[x.of_query(token, kv)].chunks_exact(dim) {
+            into.extend_from_slice(row);
+            into.resize(into.len() + stride - dim, T::default());
+        }
+    }
+    stride
 }
 
-fn cap(scores: &mut [f32], cap: Option<f32>) {
-    if let Some(cap) = cap {
-        wide(
-            #[inline(always)]
-            || scores.iter_mut().for_each(|s| *s = softcap(*s, cap)),
-        );
-    }
+/// Products to scores, capped ones; others are scaled where they are read.
+fn shape(products: &mut [f32], Scores { scale, softcap: cap, .. }: Scores) -> f32 {
+    let Some(cap) = cap else { return scale };
+    wide(
+        #[inline(always)]
+        || products.iter_mut().for_each(|s| *s = softcap(*s * scale, cap)),
+    );
+    1.0
+}
+
+/// Operands of 32 bits, where those of 16 gain nothing.
+fn widened<T: Element, R>(x: Operands<T>, run: impl FnOnce(Operands<f32>) -> R) -> R {
+    let [q, k, v] = [x.q, x.k, x.v].map(cast::<T, f32>);
+    run(Operands { q: &q, k: &k, v: &v, heads: x.heads, scores: x.scores })
+}
+
+fn is_narrow<T: Element>() -> bool {
+    T::GROUP > 1 && !T::has_panels()
 }
 
 /// Attention output (query-shaped) and log-sum-exp, `[queries, heads.query]`.
 pub fn forward<T: Element>(x: Operands<T>, segments: &Segments) -> (Vec<T>, Vec<f32>) {
-    let (heads, group) = (x.heads, x.group());
-    let dim = heads.dim;
+    if is_narrow::<T>() {
+        let (out, lse) = widened(x, |x| forward(x, segments));
+        return (cast(&out), lse);
+    }
+    let (group, dim) = (x.group(), x.heads.dim);
     let mut out = vec![T::default(); x.q.len()];
     let mut lse = vec![0.0; x.q.len() / dim];
     let to = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    let tasks = Task::all(segments, heads).into_par_iter();
-    tasks.for_each_init(Buffers::default, |buffers: &mut Buffers, task| {
-        let Buffers { gathered, p, q, out, .. } = buffers;
-        let Task { s, kv, .. } = task;
-        let keys = gathered.fill(&x, &task);
-        let piece = gathered.piece(keys, dim);
+    let tasks = Task::all(segments, x.heads).into_par_iter();
+    tasks.for_each_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
+        let Buffers { k, v, p, q, out, narrow: [narrow, _], .. } = buffers;
+        let keys = k.fill(&x, x.k, &task);
+        v.fill(&x, x.v, &task);
         for block in blocks(&task, group, x.scores.window) {
-            let (rows, keys) = (block.len * group, block.keys());
-            let (kt, v) = (piece.kt.skip_cols(block.start), piece.v.skip_rows(block.start));
-            gather(&x, x.q, &s, block, kv, q);
-            p.resize(rows * keys, 0.0);
-            out.resize(rows * dim, 0.0);
-            matmul_block(p, keys, false, (rows, keys, dim), Mat::rows(q, dim), kt, x.scores.scale);
-            cap(p, x.scores.softcap);
-            let sums = softmax(p, block, group);
-            matmul_block(out, dim, false, (rows, dim, keys), Mat::rows(p, keys), v, 1.0);
+            let (rows, width, columns) = (block.len * group, block.width(), dim.next_multiple_of(WIDTH));
+            let stride = gather(&x, x.q, &task.s, block, task.kv, q);
+            p.resize(rows * width, 0.0);
+            times(p, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
+            let scale = shape(p, x.scores);
+            let sums = softmax(p, scale, block, group);
+            out.resize(rows * columns, 0.0);
+            let probabilities = T::of_all(p, narrow);
+            // The weights of an output add up to 1 as they are multiplied.
+            let sums = row_sums(probabilities, width).zip(sums).map(|(sum, (_, lse))| (sum, lse)).collect::<Vec<_>>();
+            let a = plain(probabilities, block.keys(), width);
+            times(out, columns, false, a, &v.of_features, (keys, block.start));
             // SAFETY: queries of different segments and the features of different heads are disjoint, so no other
             // task writes these elements.
-            unsafe { write_rows(&x, &s, block, kv, out, &sums, to) };
+            unsafe { write_rows(&x, &task.s, block, task.kv, out, &sums, to) };
         }
     });
     (out, lse)
+}
+
+/// The panels of a block's keys.
+fn seen<T: Element>(of_keys: &[T], dim: usize, block: Block) -> &[T] {
+    let depth = dim.next_multiple_of(T::GROUP);
+    &of_keys[block.start * depth..(block.start + block.width()) * depth]
 }
 
 /// Divides the rows of a block's output by their sums, and puts them where they belong; the log-sum-exps as well.
@@ -101,12 +141,13 @@ unsafe fn write_rows<T: Element>(
     (out, lse): (Shared<T>, Shared),
 ) {
     let (group, dim) = (x.group(), x.heads.dim);
-    for (row, (from, &(sum, of_row))) in rows.chunks_exact(dim).zip(sums).enumerate() {
+    for (row, (from, &(sum, of_row))) in rows.chunks_exact(dim.next_multiple_of(WIDTH)).zip(sums).enumerate()
+    {
         let (token, head) = (s.query + block.first + row / group, row % group);
         let at = x.of_query(token, kv).start + head * dim;
         // SAFETY: the caller's promise.
         unsafe {
-            for (j, &value) in from.iter().enumerate() {
+            for (j, &value) in from[..dim].iter().enumerate() {
                 *out.get().add(at + j) = T::of(value / sum);
             }
             *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
@@ -120,9 +161,9 @@ impl<T> Shared<T> {
     }
 }
 
-/// Exponentials of each row over the keys it sees, shifted by their maximum; the others become 0. Returns the sum and
-/// the log-sum-exp of each row.
-fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
+/// Exponentials of each row over the keys it sees, scaled and shifted by their maximum; the others become 0. Returns the
+/// sum and the log-sum-exp of each row.
+fn softmax(scores: &mut [f32], scale: f32, block: Block, group: usize) -> Vec<(f32, f32)> {
     let row = |(row, scores): (usize, &mut [f32])| {
         wide(
             #[inline(always)]
@@ -131,43 +172,90 @@ fn softmax(scores: &mut [f32], block: Block, group: usize) -> Vec<(f32, f32)> {
                 scores[..start].fill(0.0);
                 scores[end..].fill(0.0);
                 let seen = &mut scores[start..end];
-                let top = max(seen);
-                let sum = exp_shifted(seen, top);
+                let top = scale * max(seen);
+                let sum = exp_shifted(seen, scale, top);
                 (sum, top + sum.ln())
             },
         )
     };
-    scores.chunks_exact_mut(block.keys()).enumerate().map(row).collect()
+    scores.chunks_exact_mut(block.width()).enumerate().map(row).collect()
 }
+
+fn row_sums<T: Element>(rows: &[T], width: usize) -> impl Iterator<Item = f32> {
+    rows.chunks_exact(width).map(|row| {
+        wide(
+            #[inline(always)]
+            || {
+                let mut lanes = [0.0; WIDTH];
+                for part in row.as_chunks::<WIDTH>().0 {
+                    for i in 0..WIDTH {
+                        lanes[i] += part[i].single();
+                    }
+                }
+                lanes.iter().sum()
+            },
+        )
+    })
+}
+
+/// Gradients of the keys and values of a task, `[dim, keys]`.
+type Shares = [Vec<f32>; 2];
 
 /// Gradients with respect to `q`, `k` and `v`, given that of the output.
 pub fn backward<T: Element>(x: Operands<T>, segments: &Segments, grad: &[T], lse: &[f32]) -> [Vec<T>; 3] {
+    if is_narrow::<T>() {
+        let grad = cast::<T, f32>(grad);
+        return widened(x, |x| backward(x, segments, &grad, lse)).map(|gradient| cast(&gradient));
+    }
     let mut dq = vec![T::default(); x.q.len()];
     let dq_ptr = Shared(dq.as_mut_ptr());
     let tasks = Task::all(segments, x.heads);
-    let shares: Vec<[Vec<f32>; 2]> = tasks
+    let shares: Vec<Shares> = tasks
         .par_iter()
-        .map_init(Buffers::default, |buffers: &mut Buffers, task| {
+        .map_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
             // SAFETY: queries of different tasks and the features of different heads are disjoint.
             unsafe { task_backward(&x, task, (grad, lse), buffers, dq_ptr) }
         })
         .collect();
-    let mut sums = [vec![0.0; x.k.len()], vec![0.0; x.v.len()]];
-    // Keys are seen from several tasks: in their order, so that the sum is always the same.
-    for (task, shares) in tasks.iter().zip(&shares) {
-        for (i, token) in task.keys().enumerate() {
-            let (at, dim) = ((token * x.heads.kv + task.kv) * x.heads.dim, x.heads.dim);
-            for (sum, share) in sums.iter_mut().zip(shares) {
-                let pairs = sum[at..at + dim].iter_mut().zip(&share[i * dim..(i + 1) * dim]);
-                pairs.for_each(|(sum, share)| *sum += share);
-            }
-        }
-    }
-    let [dk, dv] = sums.map(|sums| cast(&sums));
+    let [dk, dv] = [(x.k.len(), 0), (x.v.len(), 1)].map(|(len, which)| {
+        let mut sums = vec![T::default(); len];
+        let width = x.heads.kv * x.heads.dim;
+        let parts = sums.par_chunks_mut(TOKENS * width).enumerate();
+        parts.for_each(|(i, part)| add_shares(i * TOKENS, part, (&tasks, &shares, which), x.heads));
+        sums
+    });
     [dq, dk, dv]
 }
 
-/// Writes the gradients of a task's queries and returns those of its keys and values, in the order of [`Task::keys`].
+/// Adds what tasks found for the tokens from `first` on. Keys are seen from several tasks: in their order, so that the
+/// sum is always the same.
+fn add_shares<T: Element>(
+    first: usize,
+    part: &mut [T],
+    (tasks, shares, which): (&[Task], &[Shares], usize),
+    Heads { kv, dim, .. }: Heads,
+) {
+    let tokens = first..first + part.len() / (kv * dim);
+    let mut sums = vec![0.0; part.len()];
+    for (task, shares) in tasks.iter().zip(shares) {
+        let share = &shares[which];
+        let width = share.len() / dim;
+        for (run, at) in task.runs() {
+            let (start, end) = (run.start.max(tokens.start), run.end.min(tokens.end));
+            if start >= end {
+                continue;
+            }
+            for j in 0..dim {
+                let from = &share[j * width + at + start - run.start..][..end - start];
+                let to = sums[((start - first) * kv + task.kv) * dim + j..].iter_mut().step_by(kv * dim);
+                to.zip(from).for_each(|(sum, share)| *sum += share);
+            }
+        }
+    }
+    part.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::of(sum));
+}
+
+/// Writes the gradients of a task's queries and returns those of its keys and values.
 ///
 /// # Safety
 /// No other thread may touch the rows of this task in `dq` within the features of its key head's queries.
@@ -175,68 +263,79 @@ unsafe fn task_backward<T: Element>(
     x: &Operands<T>,
     task: &Task,
     (grad, lse): (&[T], &[f32]),
-    buffers: &mut Buffers,
+    buffers: &mut Buffers<T>,
     dq: Shared<T>,
-) -> [Vec<f32>; 2] {
-    let (group, dim) = (x.group(), x.heads.dim);
-    let (s, kv) = (&task.s, task.kv);
-    let Buffers { gathered, p, ds, q, out: o, grad: g } = buffers;
-    let all = gathered.fill(x, task);
-    let piece = gathered.piece(all, dim);
+) -> Shares {
+    let (group, dim, s) = (x.group(), x.heads.dim, &task.s);
+    let Buffers { k, v, p, ds, out, q, grad: g, tiles, panels, narrow: [of_p, of_ds] } = buffers;
+    let keys = k.fill(x, x.k, task);
+    v.fill(x, x.v, task);
+    let (all, columns) = (keys.next_multiple_of(WIDTH), dim.next_multiple_of(WIDTH));
     let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; all * dim]);
     for block in blocks(task, group, x.scores.window) {
-        let (rows, keys) = (block.len * group, block.keys());
-        let first = s.query + block.first;
-        gather(x, x.q, s, block, kv, q);
-        gather(x, grad, s, block, kv, g);
-        p.resize(rows * keys, 0.0);
-        ds.resize(rows * keys, 0.0);
-        let (q, g) = (Mat::rows(q, dim), Mat::rows(g, dim));
-        let k = piece.k.skip_rows(block.start);
-        let [kt, vt] = [piece.kt, piece.vt].map(|all| all.skip_cols(block.start));
-        matmul_block(p, keys, false, (rows, keys, dim), q, kt, x.scores.scale);
-        cap(p, x.scores.softcap);
-        matmul_block(ds, keys, false, (rows, keys, dim), g, vt, 1.0);
-        let tokens = first..first + block.len;
-        let shifts: Vec<f32> = tokens.clone().flat_map(|token| &lse[x.of_lse(token, kv)]).copied().collect();
-        score_gradients(x.scores, group, block, &shifts, p, ds);
-        let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
-        let (dk, dv) = (&mut dk[block.start * dim..], &mut dv[block.start * dim..]);
-        matmul_block(dv, dim, true, (keys, dim, rows), p.t(), g, 1.0);
-        matmul_block(dk, dim, true, (keys, dim, rows), ds.t(), q, 1.0);
-        o.resize(rows * dim, 0.0);
-        matmul_block(o, dim, false, (rows, dim, keys), ds, k, 1.0);
-        for (i, token) in tokens.enumerate() {
-            let from = &o[i * group * dim..(i + 1) * group * dim];
-            let to = x.of_query(token, kv).start;
+        let (rows, width) = (block.len * group, block.width());
+        let stride = gather(x, x.q, s, block, task.kv, q);
+        gather(x, grad, s, block, task.kv, g);
+        p.resize(rows * width, 0.0);
+        ds.resize(rows * width, 0.0);
+        times(p, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
+        let scale = shape(p, x.scores);
+        times(ds, width, false, plain(g, dim, stride), seen(&v.of_keys, dim, block), (dim, 0));
+        let tokens = s.query + block.first..s.query + block.first + block.len;
+        let shifts: Vec<f32> =
+            tokens.clone().flat_map(|token| &lse[x.of_lse(token, task.kv)]).copied().collect();
+        score_gradients((x.scores, scale), group, block, &shifts, p, ds);
+        let (p, ds) = (T::of_all(p, of_p), T::of_all(ds, of_ds));
+        for (values, of_rows, sum) in [(p, &*g, &mut dv), (ds, &*q, &mut dk)] {
+            beside::<T, TILE>(Mat::rows(of_rows, stride).t(), dim, rows, tiles);
+            beside::<T, WIDTH>(Mat::rows(values, width).t(), width, rows, panels);
+            tiles_times(&mut sum[block.start..], all, (tiles, dim), rows, panels);
+        }
+        out.resize(rows * columns, 0.0);
+        times(out, columns, false, plain(ds, block.keys(), width), &k.of_features, (keys, block.start));
+        for (row, from) in out.chunks_exact(columns).enumerate() {
+            let to = x.of_query(tokens.start + row / group, task.kv).start + row % group * dim;
             // SAFETY: the caller's promise.
-            from.iter().enumerate().for_each(|(j, &value)| unsafe { *dq.get().add(to + j) = T::of(value) });
+            (0..dim).for_each(|j| unsafe { *dq.get().add(to + j) = T::of(from[j]) });
         }
     }
     [dk, dv]
 }
 
-/// Turns scores into probabilities (`p`) and `dp`, their gradient, into that of the unscaled scores; `lse` is of the
-/// block's rows. What a row's gradients have in common is taken from these same numbers, and not from the output: so
-/// they add up to 0 as they should, to within the rounding of one sum.
-fn score_gradients(scores: Scores, group: usize, block: Block, lse: &[f32], p: &mut [f32], dp: &mut [f32]) {
-    let keys = block.keys();
-    let Scores { scale, softcap, .. } = scores;
+/// Turns scores, which are still to be multiplied by the second factor, into probabilities (`p`) and `dp`, their
+/// gradient, into that of the products; `lse` is of the block's rows. What a row's gradients have in common is taken
+/// from these same numbers, and not from the output: so they add up to 0 as they should, to within the rounding of one
+/// sum.
+fn score_gradients(
+    (Scores { scale, softcap, .. }, of_scores): (Scores, f32),
+    group: usize,
+    block: Block,
+    lse: &[f32],
+    p: &mut [f32],
+    dp: &mut [f32],
+) {
+    let width = block.width();
     for (row, &shift) in lse.iter().enumerate() {
         let Range { start, end } = block.visible(row / group);
-        let (p, dp) = (&mut p[row * keys..(row + 1) * keys], &mut dp[row * keys..(row + 1) * keys]);
+        let (p, dp) = (&mut p[row * width..(row + 1) * width], &mut dp[row * width..(row + 1) * width]);
         wide(
             #[inline(always)]
             || {
                 let (seen, d) = (&mut p[start..end], &mut dp[start..end]);
-                let (sum, weighted) = weighted_sums(seen, d, |s| exp(s - shift));
-                let delta = weighted / sum;
-                for (p, d) in seen.iter_mut().zip(d.iter_mut()) {
-                    let slope = softcap.map_or(1.0, |cap| softcap_slope(*p, cap));
-                    *p = exp(*p - shift);
-                    *d = *p * (*d - delta) * scale * slope;
+                if let Some(cap) = softcap {
+                    let (sum, weighted) = weighted_sums(seen, d, |s| exp(s - shift));
+                    for (p, d) in seen.iter_mut().zip(d.iter_mut()) {
+                        let slope = softcap_slope(*p, cap);
+                        *p = exp(*p - shift);
+                        *d = *p * (*d - weighted / sum) * scale * slope;
+                    }
+                } else {
+                    seen.iter_mut().for_each(|p| *p = exp(*p * of_scores - shift));
+                    let (sum, weighted) = weighted_sums(seen, d, |p| p);
+                    let delta = weighted / sum;
+                    seen.iter().zip(d.iter_mut()).for_each(|(p, d)| *d = *p * (*d - delta) * scale);
                 }
-                for hidden in [0..start, end..keys] {
+                for hidden in [0..start, end..width] {
                     p[hidden.clone()].fill(0.0);
                     dp[hidden].fill(0.0);
                 }

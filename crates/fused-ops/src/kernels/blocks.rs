@@ -1,16 +1,19 @@
 //! What attention works on: operands, tasks, blocks of queries, and keys side by side.
 
+#![allow(unsafe_code)]
+
 use std::ops::Range;
 
-use super::matrix::Mat;
-use super::panel::Element;
+use super::layout::beside;
+use super::matrix::{Mat, count};
+use super::panel::{Element, Rows, TILE, WIDTH};
 use crate::{Heads, Scores, Segment, Segments};
 
 /// Rows of a block, of all query heads that share a key head: scores of a thousand keys stay in a second-level cache.
 const ROWS: usize = 48;
 
 /// Queries of a task: long segments are taken apart, however many threads there are.
-const QUERIES: usize = 1024;
+const QUERIES: usize = 256;
 
 /// Operands of one attention call; activations are `[tokens, heads * dim]`.
 #[derive(Clone, Copy)]
@@ -53,7 +56,7 @@ pub struct Block {
     pub first: usize,
     /// Number of queries.
     pub len: usize,
-    /// First key and one past the last.
+    /// First key, of a panel, and one past the last.
     pub start: usize,
     pub end: usize,
     /// Keys before the first query's own.
@@ -64,6 +67,11 @@ pub struct Block {
 impl Block {
     pub fn keys(self) -> usize {
         self.end - self.start
+    }
+
+    /// The same in whole panels.
+    pub fn width(self) -> usize {
+        self.keys().next_multiple_of(WIDTH)
     }
 
     /// Those of the block's keys that query `i` sees.
@@ -95,10 +103,15 @@ impl Task {
         segments.segments().iter().flat_map(parts).collect()
     }
 
-    /// Keys that any of the queries may see: the prefix, then the segment's own.
-    pub fn keys(&self) -> impl Iterator<Item = usize> {
+    /// Keys that any of the queries may see: the prefix, then the segment's own; with each the place of its first.
+    pub fn runs(&self) -> [(Range<usize>, usize); 2] {
         let Segment { prefix, prefix_len, own, .. } = self.s;
-        (prefix..prefix + prefix_len).chain(own..own + self.end)
+        [(prefix..prefix + prefix_len, 0), (own..own + self.end, prefix_len)]
+    }
+
+    /// The same one by one.
+    pub fn keys(&self) -> impl Iterator<Item = usize> {
+        self.runs().into_iter().flat_map(|(run, _)| run)
     }
 }
 
@@ -109,51 +122,69 @@ pub fn blocks(task: &Task, group: usize, window: Option<usize>) -> impl Iterator
         let len = step.min(end - first);
         let position = prefix + first;
         // What the window hides from the first query it hides from all.
-        let start = (position + 1).saturating_sub(window);
+        let start = (position + 1).saturating_sub(window) / WIDTH * WIDTH;
         Block { first, len, start, end: position + len, position, window }
     })
 }
 
-/// Keys and values of a run of tokens, `[keys, dim]`, and their transposes.
-#[derive(Clone, Copy)]
-pub struct Piece<'a> {
-    pub k: Mat<'a>,
-    pub kt: Mat<'a>,
-    pub v: Mat<'a>,
-    pub vt: Mat<'a>,
-}
-
-/// Copies of the keys and values of a segment for one key head: prefix and own side by side, and transposed.
+/// Keys or values of a task for one key head.
 #[derive(Default)]
-pub struct Gathered {
-    k: Vec<f32>,
-    kt: Vec<f32>,
-    v: Vec<f32>,
-    vt: Vec<f32>,
+pub struct Laid<T> {
+    rows: Vec<T>,
+    /// Keys side by side.
+    pub of_keys: Vec<T>,
+    /// Features side by side.
+    pub of_features: Vec<T>,
 }
 
-impl Gathered {
-    /// Returns the number of keys.
-    pub fn fill<T: Element>(&mut self, x: &Operands<T>, task: &Task) -> usize {
-        let (keys, dim) = (task.s.prefix_len + task.end, x.heads.dim);
-        for (data, plain, transposed) in [(x.k, &mut self.k, &mut self.kt), (x.v, &mut self.v, &mut self.vt)]
-        {
-            plain.resize(keys * dim, 0.0);
-            transposed.resize(keys * dim, 0.0);
-            for (i, token) in task.keys().enumerate() {
-                let row = &data[(token * x.heads.kv + task.kv) * dim..][..dim];
-                for (j, value) in row.iter().map(|value| value.single()).enumerate() {
-                    plain[i * dim + j] = value;
-                    transposed[j * keys + i] = value;
-                }
-            }
+impl<T: Element> Laid<T> {
+    /// Of the rows of `data`; returns the number of keys.
+    pub fn fill(&mut self, x: &Operands<T>, data: &[T], task: &Task) -> usize {
+        let dim = x.heads.dim;
+        self.rows.clear();
+        for token in task.keys() {
+            self.rows.extend_from_slice(&data[(token * x.heads.kv + task.kv) * dim..][..dim]);
         }
+        let keys = self.rows.len() / dim;
+        beside::<T, WIDTH>(Mat::rows(&self.rows, dim), keys, dim, &mut self.of_keys);
+        beside::<T, WIDTH>(Mat::rows(&self.rows, dim).t(), dim, keys, &mut self.of_features);
         keys
     }
+}
 
-    pub fn piece(&self, keys: usize, dim: usize) -> Piece<'_> {
-        let [k, v] = [&self.k, &self.v].map(|data| Mat::rows(data, dim));
-        let [kt, vt] = [&self.kt, &self.vt].map(|data| Mat::rows(data, keys));
-        Piece { k, kt, v, vt }
+/// `c = a · b` (or `c += a · b`) on this thread, for rows `a` of `k` elements and `b` in panels of rows of `depth` elements,
+/// from element `first` of them on. `c` has whole panels of columns.
+pub fn times<T: Element>(
+    c: &mut [f32],
+    stride: usize,
+    add: bool,
+    a: Rows<T>,
+    b: &[T],
+    (depth, first): (usize, usize),
+) {
+    let panel = depth.next_multiple_of(T::GROUP) * WIDTH;
+    let panels = b.len() / panel;
+    assert!(
+        a.count == 0 || c.len() >= (a.count - 1) * stride + panels * WIDTH,
+        "the destination holds the products"
+    );
+    count(a.count, panels * WIDTH, a.k);
+    for (i, b) in b.chunks_exact(panel).enumerate() {
+        // SAFETY: just asserted.
+        unsafe { T::product(a, &b[first * WIDTH..], WIDTH, c.as_mut_ptr().add(i * WIDTH), stride, add) };
+    }
+}
+
+/// Rows of `k` elements, one after the other.
+pub fn plain<T: Element>(data: &[T], k: usize, stride: usize) -> Rows<'_, T> {
+    Rows { data, stride, group: T::GROUP, count: data.len() / stride, k }
+}
+
+/// `c += a · b` for `a` in tiles of `lines` rows, otherwise as [`times`].
+pub fn tiles_times<T: Element>(c: &mut [f32], stride: usize, (a, lines): (&[T], usize), k: usize, b: &[T]) {
+    for (i, data) in a.chunks_exact(TILE * k.next_multiple_of(T::GROUP)).enumerate() {
+        let rows = (lines - i * TILE).min(TILE);
+        let a = Rows { data, stride: T::GROUP, group: TILE * T::GROUP, count: rows, k };
+        times(&mut c[i * TILE * stride..], stride, true, a, b, (k, 0));
     }
 }

@@ -7,7 +7,10 @@
 //! threshold depends on the place of the weight alone: the same weights give the same results in every pass and run,
 //! and a weight that is a 16-bit float already stays exactly that.
 
+#![allow(unsafe_code)]
+
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
@@ -15,7 +18,7 @@ use rayon::prelude::*;
 
 use super::elementwise::cast;
 use super::panel::Element;
-use super::simd::{CHUNK, wide};
+use super::simd::{CHUNK, made, wide};
 
 /// Threshold of element `i`, 16 bits (the finalizer of MurmurHash3).
 #[inline(always)]
@@ -52,17 +55,18 @@ impl Computed for bf16 {
     fn of_weight(weight: Weight<'_>, part: Range<usize>) -> Cow<'_, [bf16]> {
         match weight {
             Weight::Single(values) => {
-                let mut out = vec![bf16::ZERO; part.len()];
-                dither(&values[part.clone()], part.start, bytemuck::cast_slice_mut(&mut out));
-                Cow::Owned(out)
+                // SAFETY: every value is written.
+                Cow::Owned(unsafe {
+                    made(part.len(), |out| dithered(&values[part.clone()], part.start, out))
+                })
             }
             Weight::Narrow(values) => Cow::Borrowed(&values[part]),
         }
     }
 }
 
-/// Rounds `values`, the elements from `first` on of a weight, into the bits of brain floats.
-pub fn dither(values: &[f32], first: usize, out: &mut [u16]) {
+/// Rounds `values`, the elements from `first` on of a weight.
+fn dithered(values: &[f32], first: usize, out: &mut [MaybeUninit<bf16>]) {
     out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (out, values))| {
         let first = (first + chunk * CHUNK) as u32;
         wide(
@@ -73,7 +77,7 @@ pub fn dither(values: &[f32], first: usize, out: &mut [u16]) {
                     // The carry rounds away from zero; infinities and NaNs have nothing to round.
                     let special = bits & 0x7f80_0000 == 0x7f80_0000;
                     let up = if special { 0 } else { threshold(first.wrapping_add(i as u32)) };
-                    *out = (bits.wrapping_add(up) >> 16) as u16;
+                    out.write(bf16::from_bits((bits.wrapping_add(up) >> 16) as u16));
                 }
             },
         );
@@ -85,9 +89,7 @@ mod tests {
     use super::*;
 
     fn dithered(values: &[f32]) -> Vec<f32> {
-        let mut out = vec![0; values.len()];
-        dither(values, 0, &mut out);
-        out.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
+        bf16::of_weight(Weight::Single(values), 0..values.len()).iter().map(|v| v.to_f32()).collect()
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dither::{Computed, Weight};
-use super::matrix::{Mat, matmul};
+use super::matrix::{Mat, append, matmul};
+use super::panel::Element;
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
@@ -147,8 +148,12 @@ pub fn backward<T: Computed>(
     of_weight: bool,
 ) -> (Vec<f32>, Vec<f32>) {
     let n = targets.len();
-    let (mut dh, mut dw) = (vec![0.0; n * dim], vec![0.0; if of_weight { vocab * dim } else { 0 }]);
-    let mut logits = Vec::new();
+    let (mut dh, mut dw) = (vec![0.0; n * dim], Vec::with_capacity(if of_weight { vocab * dim } else { 0 }));
+    let (mut logits, mut narrow) = (Vec::new(), Vec::new());
+    if n == 0 {
+        dw.resize(dw.capacity(), 0.0);
+        return (dh, dw);
+    }
     for tile in tiles(n, vocab) {
         let (len, add) = (tile.len(), tile.start > 0);
         logits.resize(n * len, 0.0);
@@ -156,15 +161,38 @@ pub fn backward<T: Computed>(
         let w = T::of_weight(w, part.clone());
         let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w, dim));
         matmul(&mut logits, false, (n, len, dim), h, w.t());
-        gradient_rows(&mut logits, tile, targets, lse, grad, logits_of);
-        let z = T::rows(&logits, len);
-        let z = Mat::rows(&z, len.next_multiple_of(T::GROUP));
+        let z = narrow_gradients(&mut logits, &mut narrow, (tile, targets, lse, grad, logits_of));
         matmul(&mut dh, add, (n, dim, len), z, w);
         if of_weight {
-            matmul(&mut dw[part], false, (len, dim, n), z.t(), h);
+            append(&mut dw, (len, dim, n), z.t(), h);
         }
     }
     (dh, dw)
+}
+
+/// What [`gradient_rows`] takes besides the products.
+type OfRows<'a> = (Range<usize>, &'a [u32], &'a [f32], &'a [f32], Logits);
+
+/// [`gradient_rows`] in the type of products, in `into` where that is another.
+fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: OfRows) -> Mat<'a, T> {
+    let len = of.0.len();
+    if T::GROUP == 1 {
+        let (part, targets, lse, grad, logits_of) = of;
+        gradient_rows(z, part, targets, lse, grad, logits_of);
+        return Mat::rows(T::of_all(z, into), len);
+    }
+    let width = len.next_multiple_of(T::GROUP);
+    into.resize(z.len() / len * width, T::default());
+    let (part, targets, lse, grad, logits_of) = of;
+    let rows = z.par_chunks_mut(len).zip(into.par_chunks_mut(width));
+    rows.zip(targets).zip(lse).zip(grad).for_each(|((((z, narrow), &target), &lse), &g)| {
+        gradient_row(z, part.start, (target, lse, g), logits_of);
+        wide(
+            #[inline(always)]
+            || narrow.iter_mut().zip(z.iter()).for_each(|(to, &from)| *to = T::of(from)),
+        );
+    });
+    Mat::rows(into, width)
 }
 
 /// Turns the products of all rows and a part of the vocabulary, `[rows, part]`, into their gradients.
@@ -177,10 +205,14 @@ pub fn gradient_rows(
     logits_of: Logits,
 ) {
     z.par_chunks_mut(part.len()).zip(targets).zip(lse).zip(grad).for_each(|(((z, &target), &lse), &g)| {
-        shape(z, logits_of);
-        let target = (target as usize).checked_sub(part.start).filter(|&at| at < z.len());
-        row_gradient(z, target, lse, g, logits_of);
+        gradient_row(z, part.start, (target, lse, g), logits_of);
     });
+}
+
+fn gradient_row(z: &mut [f32], start: usize, (target, lse, g): (u32, f32, f32), logits_of: Logits) {
+    shape(z, logits_of);
+    let target = (target as usize).checked_sub(start).filter(|&at| at < z.len());
+    row_gradient(z, target, lse, g, logits_of);
 }
 
 /// Products to logits: scaled, then capped.

@@ -103,6 +103,17 @@ pub fn product_of<T: Element, O: Output>((m, n, k): (usize, usize, usize), a: Ma
     out
 }
 
+/// Puts `a · b` after what is in `out`.
+pub fn append<T: Element>(out: &mut Vec<f32>, (m, n, k): (usize, usize, usize), a: Mat<T>, b: Mat<T>) {
+    assert!(k > 0, "a sum of nothing");
+    out.reserve(m * n);
+    // SAFETY: there is room for `m * n` elements more, and the product writes every one of them.
+    unsafe {
+        large(out.as_mut_ptr().add(out.len()), false, (m, n, k), a, b);
+        out.set_len(out.len() + m * n);
+    }
+}
+
 unsafe fn large<T: Element, O: Output>(
     dst: *mut O,
     add: bool,
@@ -122,7 +133,7 @@ unsafe fn large<T: Element, O: Output>(
         let [a_data, b_data]: [Cow<'_, [f32]>; 2] = [a.data, b.data].map(widened);
         let (a, b) =
             (Mat { data: &a_data, row: a.row, col: a.col }, Mat { data: &b_data, row: b.row, col: b.col });
-        O::whole(dst, m * n, |dst| product(dst, n, add, (m, n, k), a, b, 1.0, Parallelism::Rayon(0)));
+        O::whole(dst, m * n, |dst| gemm_of(dst, add, (m, n, k), a, b));
     }
 }
 
@@ -134,37 +145,10 @@ fn widened<T: Element>(values: &[T]) -> Cow<'_, [f32]> {
     }
 }
 
-/// `dst = scale · a · b` on this thread, with `stride` elements from one row of `dst` to the next.
-pub fn matmul_block(
-    dst: &mut [f32],
-    stride: usize,
-    add: bool,
-    (m, n, k): (usize, usize, usize),
-    a: Mat,
-    b: Mat,
-    scale: f32,
-) {
-    assert!(m == 0 || n == 0 || dst.len() >= (m - 1) * stride + n, "the destination holds the block");
-    // SAFETY: `dst` is borrowed mutably and long enough.
-    unsafe { product(dst.as_mut_ptr(), stride, add, (m, n, k), a, b, scale, Parallelism::None) }
-}
-
-unsafe fn product(
-    dst: *mut f32,
-    stride: usize,
-    add: bool,
-    (m, n, k): (usize, usize, usize),
-    a: Mat,
-    b: Mat,
-    scale: f32,
-    parallelism: Parallelism,
-) {
-    assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
-    if m == 0 || n == 0 {
-        return;
-    }
+/// The same by a library, which knows the tiles of other processors.
+unsafe fn gemm_of(dst: *mut f32, add: bool, (m, n, k): (usize, usize, usize), a: Mat, b: Mat) {
     count(m, n, k);
-    // SAFETY: the operands were checked just now, the destination by the caller.
+    // SAFETY: the caller has checked the operands and answers for the destination.
     unsafe {
         gemm::gemm(
             m,
@@ -172,7 +156,7 @@ unsafe fn product(
             k,
             dst,
             1,
-            stride as isize,
+            n as isize,
             add,
             a.data.as_ptr(),
             a.col as isize,
@@ -181,11 +165,11 @@ unsafe fn product(
             b.col as isize,
             b.row as isize,
             1.0,
-            scale,
+            1.0,
             false,
             false,
             false,
-            parallelism,
+            Parallelism::Rayon(0),
         );
     }
 }

@@ -6,6 +6,7 @@ mod blocks;
 pub mod dither;
 pub mod elementwise;
 pub mod head;
+mod layout;
 pub mod matrix;
 pub mod norm;
 pub mod packed;

@@ -195,7 +195,7 @@ fn softmax(row: &mut [f32], seen: std::ops::Range<usize>, cap: Option<f32>) -> f
                 row.iter_mut().for_each(|score| *score = softcap(*score, cap));
             }
             let top = max(row);
-            exp_shifted(row, top)
+            exp_shifted(row, 1.0, top)
         },
     )
 }

@@ -53,6 +53,9 @@ pub trait Element: burn::tensor::Element + bytemuck::Pod {
     /// `from` must be readable for `GROUP` lines of `count` columns, `to` writable for the groups of `count` columns.
     unsafe fn beside<const W: usize>(from: *const Self, stride: usize, count: usize, to: *mut Self);
 
+    /// The same values in this type, in `into` where it is another.
+    fn of_all<'a>(values: &'a [f32], into: &'a mut Vec<Self>) -> &'a [Self];
+
     /// Rows of `k` values, those of a group that is not full filled up with 0.
     fn rows(values: &[f32], k: usize) -> Cow<'_, [Self]>;
 
@@ -114,6 +117,10 @@ impl Element for f32 {
         }
     }
 
+    fn of_all<'a>(values: &'a [f32], _: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+
     fn rows(values: &[f32], _: usize) -> Cow<'_, [f32]> {
         Cow::Borrowed(values)
     }
@@ -158,7 +165,11 @@ impl WithSimd for Product<'_> {
                     self.tiles::<S, 2, 4>(simd, &mut row);
                     self.tiles::<S, 1, 4>(simd, &mut row);
                 }
-                4 => self.tiles::<S, 1, 8>(simd, &mut 0),
+                4 => {
+                    let mut row = 0;
+                    self.tiles::<S, 2, 8>(simd, &mut row);
+                    self.tiles::<S, 1, 8>(simd, &mut row);
+                }
                 _ => self.tiles::<S, 1, 32>(simd, &mut 0),
             }
         }
@@ -265,6 +276,15 @@ impl Element for bf16 {
                 (0..count).for_each(|i| to.add(i).write_unaligned([*from.add(i), *from.add(stride + i)]));
             }
         }
+    }
+
+    fn of_all<'a>(values: &'a [f32], into: &'a mut Vec<bf16>) -> &'a [bf16] {
+        into.resize(values.len(), bf16::ZERO);
+        wide(
+            #[inline(always)]
+            || into.iter_mut().zip(values).for_each(|(to, &from)| *to = rounded(from)),
+        );
+        into
     }
 
     fn rows(values: &[f32], k: usize) -> Cow<'_, [bf16]> {

@@ -2,22 +2,22 @@
 //! or, where they do not lie side by side, from tiles that stay in the second-level cache.
 
 #![allow(unsafe_code)]
-// Plain indices are unrolled.
-#![allow(clippy::needless_range_loop)]
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use super::elementwise::cast;
+use super::layout::{beside, lay_out};
 use super::matrix::{Mat, Shared, count};
 use super::panel::{Element, Rows, TILE, WIDTH};
-use super::simd::{made, wide};
+use super::simd::wide;
 
-/// Rows of a task, at most.
-const ROWS: usize = 20 * TILE;
+/// Tiles of a task, at most.
+const TILES: usize = 20;
+/// Tasks of a thread, so that all end at about the same time.
+const TASKS: usize = 4;
 /// Bytes of a row that are multiplied at a time: rows of a task stay in the second-level cache.
 const DEPTH: usize = 2048;
 /// Rows this far apart share their places in the first-level cache.
@@ -25,24 +25,36 @@ const ALIASED: usize = 4096;
 
 /// How a product is divided: a function of its size and of the number of threads, on which no result depends.
 struct Division {
-    /// Rows of a task.
     rows: usize,
-    /// Panels of a task.
+    tiles: usize,
     panels: usize,
+    /// Parts of the rows, and of the panels.
+    parts: [usize; 2],
     /// Summed elements at a time.
     depth: usize,
 }
 
 impl Division {
     fn new<T: Element>((m, n, k): (usize, usize, usize)) -> Self {
-        let (threads, panels) = (rayon::current_num_threads(), n.div_ceil(WIDTH));
-        // As many tasks for each thread, of whole tiles.
-        let tasks = m.div_ceil(ROWS).next_multiple_of(threads);
-        let rows = m.div_ceil(tasks).next_multiple_of(TILE);
-        let groups = threads.div_ceil(m.div_ceil(rows)).min(panels);
+        let (tiles, panels) = (m.div_ceil(TILE), n.div_ceil(WIDTH));
+        let wanted = TASKS * rayon::current_num_threads();
+        let of_rows = tiles.div_ceil(TILES).next_multiple_of(wanted).min(tiles);
+        let of_panels = wanted.div_ceil(of_rows).min(panels);
         let most = DEPTH / size_of::<T>();
         let depth = k.div_ceil(k.div_ceil(most + most / 2)).next_multiple_of(T::GROUP);
-        Self { rows, panels: panels.div_ceil(groups), depth }
+        Self { rows: m, tiles, panels, parts: [of_rows, of_panels], depth }
+    }
+
+    fn tasks(&self) -> usize {
+        self.parts[0] * self.parts[1]
+    }
+
+    /// Rows and panels of a task.
+    fn task(&self, task: usize) -> (Range<usize>, Range<usize>) {
+        let [of_rows, of_panels] = self.parts;
+        let even = |all: usize, parts: usize, i: usize| all * i / parts..all * (i + 1) / parts;
+        let tiles = even(self.tiles, of_rows, task % of_rows);
+        (tiles.start * TILE..(tiles.end * TILE).min(self.rows), even(self.panels, of_panels, task / of_rows))
     }
 }
 
@@ -91,25 +103,24 @@ pub unsafe fn panels<T: Element, O: Output>(
 ) {
     assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
     count(m, n, k);
-    let Division { rows, panels, depth } = Division::new::<T>((m, n, k));
+    let division = Division::new::<T>((m, n, k));
     // Sums that are rounded are whole.
-    let depth = if O::SINGLE { depth } else { k };
+    let depth = if O::SINGLE { division.depth } else { k };
     let inner = k.next_multiple_of(T::GROUP);
     let b = lay_out::<T>(b.t(), n, k);
     // A row whose last group is not full is continued by the next one.
     let direct = a.col == 1 && inner == k && !(a.row * size_of::<T>()).is_multiple_of(ALIASED);
-    let (all, blocks, dst) = (n.div_ceil(WIDTH), m.div_ceil(rows), Shared(dst));
-    let tasks = (0..blocks * all.div_ceil(panels)).into_par_iter();
+    let (dst, tasks) = (Shared(dst), (0..division.tasks()).into_par_iter());
     tasks.for_each_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
-        let (first, dst) = (task % blocks * rows, dst);
-        let (of, columns) = (first..(first + rows).min(m), task / blocks * panels);
+        let (dst, (of, panels)) = (dst, division.task(task));
         for start in (0..k).step_by(depth) {
             let deep = start..(start + depth).min(k);
             if !direct {
-                tile(a, &of, &deep, &mut buffers.tiles);
+                let a = a.skip_rows(of.start).skip_cols(deep.start);
+                beside::<T, TILE>(a, of.len(), deep.len(), &mut buffers.tiles);
             }
             let source = direct.then_some(a);
-            for panel in columns..(columns + panels).min(all) {
+            for panel in panels.clone() {
                 let place = Place { column: panel * WIDTH, stride: n, add: add || start > 0 };
                 let b = &b[(panel * inner + start) * WIDTH..];
                 // SAFETY: each task writes its own rows and columns of `dst`.
@@ -164,20 +175,28 @@ impl<T: Element> Buffers<T> {
         if straight {
             return;
         }
-        for (row, from) in self.products.chunks_exact(WIDTH).enumerate() {
-            wide(
-                #[inline(always)]
-                || {
+        let rows = self.products.as_chunks::<WIDTH>().0.iter().enumerate();
+        wide(
+            #[inline(always)]
+            || {
+                for (row, from) in rows {
+                    // SAFETY: as above.
+                    let to = unsafe { to.add(row * place.stride) };
+                    if width == WIDTH && !place.add {
+                        // SAFETY: all columns are the caller's.
+                        (0..WIDTH).for_each(|i| unsafe { to.add(i).write(O::of(from[i])) });
+                        continue;
+                    }
                     for (column, &value) in from[..width].iter().enumerate() {
-                        // SAFETY: as above.
+                        // SAFETY: these columns are the caller's.
                         unsafe {
-                            let to = to.add(row * place.stride + column);
+                            let to = to.add(column);
                             *to = O::of(if place.add { (*to).single() + value } else { value });
                         }
                     }
-                },
-            );
-        }
+                }
+            },
+        );
     }
 }
 
@@ -203,90 +222,6 @@ unsafe fn products<T: Element>(
         let a = Rows { data, stride: T::GROUP, group: TILE * T::GROUP, count, k };
         // SAFETY: the caller's promise.
         unsafe { T::product(a, b, WIDTH, to.add(i * TILE * stride), stride, add) };
-    }
-}
-
-/// Rows and summed elements of `a` in tiles.
-fn tile<T: Element>(a: Mat<T>, rows: &Range<usize>, deep: &Range<usize>, into: &mut Vec<T>) {
-    let size = TILE * deep.len().next_multiple_of(T::GROUP);
-    let all = rows.len().div_ceil(TILE) * size;
-    into.clear();
-    into.reserve(all);
-    for (i, tile) in into.spare_capacity_mut()[..all].chunks_exact_mut(size).enumerate() {
-        let first = rows.start + i * TILE;
-        let count = (rows.end - first).min(TILE);
-        interleave::<T, TILE>(a.skip_rows(first).skip_cols(deep.start), count, deep.len(), tile);
-    }
-    // SAFETY: every tile was written.
-    unsafe { into.set_len(all) };
-}
-
-/// `lines` rows of `k` elements in panels of `WIDTH` rows; what is missing is 0.
-pub fn lay_out<T: Element>(rows: Mat<T>, lines: usize, k: usize) -> Vec<T> {
-    let size = WIDTH * k.next_multiple_of(T::GROUP);
-    // SAFETY: every panel is written.
-    unsafe {
-        made(lines.div_ceil(WIDTH) * size, |out| {
-            out.par_chunks_mut(size).enumerate().for_each(|(panel, out)| {
-                let first = panel * WIDTH;
-                interleave::<T, WIDTH>(rows.skip_rows(first), (lines - first).min(WIDTH), k, out);
-            });
-        })
-    }
-}
-
-/// `count` rows of `k` elements beside one another: `W` places for each group of elements of a row; what is missing is 0.
-fn interleave<T: Element, const W: usize>(rows: Mat<T>, count: usize, k: usize, out: &mut [MaybeUninit<T>]) {
-    let whole = k / T::GROUP;
-    assert!(rows.holds(count, k) && count <= W && out.len() >= k.next_multiple_of(T::GROUP) * W);
-    assert!(size_of::<T>() * T::GROUP == size_of::<u32>(), "a group has 32 bits");
-    if count < W || whole * T::GROUP < k {
-        out.fill(MaybeUninit::new(T::default()));
-    }
-    let to = out.as_mut_ptr().cast::<u32>();
-    wide(
-        #[inline(always)]
-        || {
-            // SAFETY: the assertions; `to` has `W` groups for each group of a row.
-            unsafe {
-                if rows.col == 1 {
-                    transpose::<W>(rows.data.as_ptr().cast(), rows.row * size_of::<T>(), count, whole, to);
-                } else {
-                    assert_eq!(rows.row, 1, "elements of a row or of a column lie side by side");
-                    for group in 0..whole {
-                        let first = rows.data.as_ptr().add(group * T::GROUP * rows.col);
-                        T::beside::<W>(first, rows.col, count, to.add(group * W).cast());
-                    }
-                }
-            }
-        },
-    );
-    for (row, i) in (0..count).flat_map(|row| (whole * T::GROUP..k).map(move |i| (row, i))) {
-        let value = rows.data[row * rows.row + i * rows.col];
-        out[(whole * W + row) * T::GROUP + i % T::GROUP] = MaybeUninit::new(value);
-    }
-}
-
-/// `to[i * W + row] = from[row][i]` for `count` rows, `stride` bytes from one to the next, of `len` groups each.
-#[inline(always)]
-unsafe fn transpose<const W: usize>(from: *const u32, stride: usize, count: usize, len: usize, to: *mut u32) {
-    // A line of the cache of every row at a time, so that what is written stays there.
-    const PART: usize = 16;
-    for start in (0..len).step_by(PART) {
-        for row in 0..count {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (from, to) = (from.byte_add(row * stride).add(start), to.add(start * W + row));
-                if start + PART <= len {
-                    let line = from.cast::<[u32; PART]>().read_unaligned();
-                    for i in 0..PART {
-                        *to.add(i * W) = line[i];
-                    }
-                } else {
-                    (0..len - start).for_each(|i| *to.add(i * W) = from.add(i).read_unaligned());
-                }
-            }
-        }
     }
 }
 

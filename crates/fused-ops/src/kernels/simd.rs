@@ -173,11 +173,11 @@ pub fn max(xs: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
-/// Replaces each `x` by `e^(x - shift)` and returns the sum.
+/// Replaces each `x` by `e^(scale · x - shift)` and returns the sum.
 #[inline(always)]
-pub fn exp_shifted(xs: &mut [f32], shift: f32) -> f32 {
+pub fn exp_shifted(xs: &mut [f32], scale: f32, shift: f32) -> f32 {
     for x in xs.iter_mut() {
-        *x = exp(*x - shift);
+        *x = exp(scale * *x - shift);
     }
     sum_by(xs, |x| x)
 }

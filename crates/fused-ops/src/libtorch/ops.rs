@@ -6,9 +6,9 @@ use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
 
-use super::{attention, halves_mut, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
+use super::{attention, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
-use crate::kernels::dither::{Weight, dither};
+use crate::kernels::dither::{Computed, Weight};
 use crate::kernels::head::{self as lm_head, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
@@ -263,9 +263,8 @@ pub(super) fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
         return shim::dither(w);
     }
     let w = w.contiguous();
-    let mut out = Tensor::empty(w.size(), (kind, w.device()));
-    dither(values(&w), 0, halves_mut(&mut out));
-    out
+    let narrow = half::bf16::of_weight(Weight::Single(values(&w)), 0..w.numel());
+    Tensor::from_data_size(bytemuck::cast_slice(&narrow), &w.size(), kind)
 }
 
 /// Products of some rows in a buffer of their own, in `f32`: rounded to 16 bits each logit would be off by up to a
