@@ -13,8 +13,6 @@ pub struct Footprint {
     pub stream: usize,
     /// Kept in the data type of the products: queries, keys, values, attention's output, inner features.
     pub products: usize,
-    /// Inputs of products that are cast to a narrower type, and so kept besides.
-    pub cast: usize,
     /// Temporaries in the data type of the products.
     pub temporary: usize,
 }
@@ -52,7 +50,7 @@ fn seen(segment: &Segment, window: Option<usize>) -> usize {
 }
 
 impl Decoder {
-    /// What training a block keeps. Norms and activations are computed again and not kept.
+    /// What training a block keeps. Norms, activations and casts are computed again and not kept.
     pub fn footprint(&self) -> Footprint {
         let config = self.config();
         let heads = config.heads;
@@ -66,7 +64,6 @@ impl Decoder {
         Footprint {
             stream: norms.iter().flatten().count() * config.hidden + heads.query,
             products: of_heads + fused + 2 * (query + kv) + inner(config) + adapters,
-            cast: 2 * config.hidden,
             temporary: inner(config) + 3 * config.intermediate + 3 * config.hidden,
         }
     }

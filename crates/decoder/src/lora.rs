@@ -1,7 +1,7 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of a model, with PEFT's definitions.
 
-use burn::tensor::{Device, Tensor, TensorData};
-use fused_ops::{linear, row_norms, upload};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use fused_ops::{linear, lora, row_norms, upload};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -222,21 +222,31 @@ impl Lora {
         dropout: Option<Dropout>,
     ) -> Tensor<2> {
         let Some(adapter) = self.adapters[index] else { return linear(x, weight) };
-        let input = dropout.map_or(x.clone(), |dropout| dropout.apply(x.clone(), index));
-        let update =
-            linear(linear(input.clone(), self.tensor(adapter.a)), self.tensor(adapter.b)) * adapter.scale;
+        let (a, b) = (self.tensor(adapter.a), self.tensor(adapter.b));
+        let Some(dropout) = dropout else {
+            let out = lora(x, weight.clone(), a, b, adapter.scale as f32);
+            return match self.factor(adapter, &weight, out.dtype()) {
+                None => out,
+                Some(factor) => out * factor,
+            };
+        };
+        let input = dropout.apply(x.clone(), index);
+        let update = linear(linear(input.clone(), a), b) * adapter.scale;
         let base = linear(x, weight.clone());
-        let Some(magnitude) = adapter.magnitude else { return base + update };
-        // The norms are constants of the gradient (section 4.3 of the DoRA paper).
+        match self.factor(adapter, &weight, base.dtype()) {
+            None => base + update,
+            Some(factor) => base + linear(input, weight) * (factor.clone() - 1.0) + update * factor,
+        }
+    }
+
+    /// DoRA's magnitudes over the norms of the rows they belong to, which are constants of the gradient (section 4.3 of
+    /// its paper).
+    fn factor(&self, adapter: Adapter, weight: &Tensor<2>, dtype: DType) -> Option<Tensor<2>> {
+        let magnitude = self.tensor(adapter.magnitude?);
         let norms = row_norms(&(single(weight.clone().inner()) + self.update(adapter)));
-        let magnitude = self.tensor(magnitude);
         let norms = norms.reshape(magnitude.dims());
         let norms = if magnitude.device().is_autodiff() { Tensor::from_inner(norms) } else { norms };
-        let factor = as_type(magnitude / norms, base.dtype());
-        match dropout {
-            None => (base + update) * factor,
-            Some(_) => base + linear(input, weight) * (factor.clone() - 1.0) + update * factor,
-        }
+        Some(as_type(magnitude / norms, dtype))
     }
 
     /// `scale · B · A`, without autodiff.

@@ -1,11 +1,11 @@
 //! What training costs, counted and not timed: floating-point operations and memory of a fixed model and batch. A change
 //! that makes either grow fails here.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::fs;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use decoder::{Batch, Config, Decoder};
 use peak_alloc::PeakAlloc;
 use serde_json::json;
@@ -49,9 +49,13 @@ fn measure(model: &Decoder, batch: &Batch, blocks: usize) -> (usize, u64) {
     (ALLOCATOR.peak_usage() - before, fused_ops::flops() - flops)
 }
 
-/// Blocks computed again, bytes, and operations as they were when last looked at.
-const KNOWN: [(usize, usize, u64); 3] =
-    [(0, 109_412_490, 57_325_608_960), (3, 67_823_058, 65_559_920_640), (6, 41_176_104, 73_794_232_320)];
+/// Type of products, blocks computed again, bytes, and operations as they were when last looked at.
+const KNOWN: [(DType, usize, usize, u64); 4] = [
+    (DType::F32, 0, 109_735_236, 57_642_270_720),
+    (DType::F32, 3, 68_145_804, 65_908_248_576),
+    (DType::F32, 6, 41_304_384, 74_174_226_432),
+    (DType::BF16, 0, 77_043_807, 57_642_270_720),
+];
 
 /// One test: what is counted is the whole process's.
 #[test]
@@ -62,9 +66,11 @@ fn memory_and_operations_do_not_grow() {
         let (model, batch) = (model(), batch());
         let useful = model.flops(&batch, true);
         measure(&model, &batch, 0);
-        footprint_is_true(&model, &batch);
-        for (blocks, bytes, operations) in KNOWN {
-            let (got, flops) = measure(&model, &batch, blocks);
+        let in_type = |dtype| model.clone().computing_in(dtype);
+        [DType::F32, DType::BF16].into_iter().for_each(|dtype| footprint_is_true(&in_type(dtype), &batch));
+        for (dtype, blocks, bytes, operations) in KNOWN {
+            let (got, flops) = measure(&in_type(dtype), &batch, blocks);
+            println!("{dtype:?}, {blocks}: {got} bytes, {flops} operations");
             assert!(got <= bytes + bytes / 50, "{blocks} blocks computed again: {got} bytes, were {bytes}");
             assert!(
                 got >= bytes - bytes / 10,
@@ -81,7 +87,8 @@ fn memory_and_operations_do_not_grow() {
 /// The trainer plans with it: what is kept for a token, and no more.
 fn footprint_is_true(model: &Decoder, batch: &Batch) {
     let footprint = model.footprint();
-    let one_block = 4 * batch.tokens.len() * (footprint.stream + footprint.products);
+    let width = model.compute().size();
+    let one_block = batch.tokens.len() * (4 * footprint.stream + width * footprint.products);
     let [none, three] = [0, 3].map(|blocks| measure(model, batch, blocks).0);
     // Three blocks of which the inputs alone are kept.
     let saved = 3 * (one_block - 4 * batch.tokens.len() * HIDDEN);

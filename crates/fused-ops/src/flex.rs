@@ -9,9 +9,11 @@ use burn::tensor::{Bytes, DType, FloatDType, Shape, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::kernels::brain::has_narrow_products;
 use crate::kernels::dither::{Computed, Weight};
-use crate::kernels::matrix::{Mat, product_of};
-use crate::kernels::panel::{Element, has_narrow_products};
+use crate::kernels::matrix::{Mat, matmul, product_of};
+use crate::kernels::panel::Element;
+use crate::kernels::product::Output;
 use crate::kernels::{self, attention::Operands};
 use crate::kernels::{attention as attn, elementwise, head as lm_head, norm, packed, paged};
 use crate::ops::{FusedOps, Three, Two};
@@ -71,6 +73,13 @@ fn like<T: Element>(values: Vec<T>, other: &FlexTensor) -> FlexTensor {
 fn dims(t: &FlexTensor) -> [usize; 2] {
     let shape = t.layout().shape();
     [shape[0], shape[1]]
+}
+
+/// `base + a · b`, in place where nothing else holds `base`.
+fn onto<T: Output>(base: FlexTensor, size: (usize, usize, usize), a: Mat<T>, b: Mat<T>) -> FlexTensor {
+    let mut base = flat(&base);
+    matmul(base.storage_mut::<T>(), true, size, a, b);
+    base
 }
 
 /// True when `tensor` is on Flex, without autodiff or with it.
@@ -172,6 +181,26 @@ impl FusedOps for Flex {
             let w = whole::<T>(&w);
             let (g, w) = (Mat::<T>::rows(grad.storage(), outer), Mat::rows(&w, inner));
             new(product_of::<T, T>((tokens, inner, outer), g, w), &[tokens, inner])
+        })
+    }
+
+    fn linear_onto(base: FlexTensor, x: FlexTensor, w: FlexTensor) -> FlexTensor {
+        let (x, w) = (flat(&x), flat(&w));
+        let ([tokens, inner], [outer, _]) = (dims(&x), dims(&w));
+        typed!(x, T => {
+            let w = whole::<T>(&w);
+            let (a, b) = (Mat::<T>::rows(x.storage(), inner), Mat::rows(&w, inner).t());
+            onto::<T>(base, (tokens, outer, inner), a, b)
+        })
+    }
+
+    fn grad_input_onto(base: FlexTensor, grad: FlexTensor, w: FlexTensor) -> FlexTensor {
+        let (grad, w) = (flat(&grad), flat(&w));
+        let ([tokens, outer], [_, inner]) = (dims(&grad), dims(&w));
+        typed!(grad, T => {
+            let w = whole::<T>(&w);
+            let (g, w) = (Mat::<T>::rows(grad.storage(), outer), Mat::rows(&w, inner));
+            onto::<T>(base, (tokens, inner, outer), g, w)
         })
     }
 

@@ -132,6 +132,34 @@ impl<B: FusedOps> Backward<B, 2> for Linear {
     }
 }
 
+/// A layer with a low-rank update; its own weight is not trained.
+#[derive(Debug)]
+struct LowRank;
+
+impl<B: FusedOps> Backward<B, 3> for LowRank {
+    /// The input, kept or computed again, `scale · x · aᵀ`, the three weights, and the scale.
+    type State = (NodeId, FloatTensor<B>, [FloatTensor<B>; 3], f32);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, kept: &mut Checkpointer) {
+        let _span = trace_span!("Lora backward").entered();
+        let grad = grads.consume::<B>(&ops.node);
+        let (x, inner, [w, a, b], scale) = ops.state;
+        let [x_node, a_node, b_node] = ops.parents;
+        let x: FloatTensor<B> = kept.retrieve_node_output(x);
+        let of_inner = B::float_mul_scalar(B::linear_grad_input(grad.clone(), b), scale.into());
+        if let Some(node) = b_node {
+            grads.register::<B>(node.id, B::linear_grad_weight(grad.clone(), inner));
+        }
+        if let Some(node) = a_node {
+            grads.register::<B>(node.id, B::linear_grad_weight(of_inner.clone(), x));
+        }
+        if let Some(node) = x_node {
+            let of_base = B::linear_grad_input(grad, w);
+            grads.register::<B>(node.id, B::grad_input_onto(of_base, of_inner, a));
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Head;
 
@@ -202,6 +230,28 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(p) => p.finish(out),
         }
+    }
+
+    fn fused_lora(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+    ) -> Two<Self> {
+        assert!(!w.is_tracked(), "the weight below an adapter is not trained");
+        let nodes = [x.node(), a.node(), b.node()];
+        let [w, a, b] = [w, a, b].map(FloatTensor::<Self>::into_primitive);
+        let (out, inner) = B::fused_lora(x.primitive().clone(), w.clone(), a.clone(), b.clone(), scale);
+        let untracked = <Self as AutodiffBackend>::from_inner(inner.clone());
+        let out = match LowRank.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(mut p) => {
+                let x = p.checkpoint(&x);
+                p.finish((x, inner, [w, a, b], scale), out)
+            }
+            OpsKind::UnTracked(p) => p.finish(out),
+        };
+        (out, untracked)
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
@@ -320,6 +370,16 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         unreachable!("{SECOND_ORDER}")
     }
     fn head_products(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
+    fn linear_onto(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
+    fn grad_input_onto(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }
     fn linear_grad_input(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -11,6 +11,8 @@
 //! `unsafe` is allowed in this crate alone: the matrix products write disjoint blocks of one buffer
 //! from several threads, and LibTorch is called through its C++ interface.
 
+#[allow(deprecated)]
+mod cached;
 #[cfg(feature = "flex")]
 mod flex;
 mod generic;
@@ -25,9 +27,10 @@ mod optim;
 mod paged;
 mod segments;
 
+pub use cached::{Cache, Packed, cached_attention};
 pub use ops::{
-    Cache, Packed, activate, attention, cached_attention, cast, gated, head, layer_norm, linear, narrow,
-    rms_norm, rotary, select, sum_into, upload,
+    activate, attention, cast, gated, head, layer_norm, linear, lora, narrow, rms_norm, rotary, select,
+    sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use paged::{PAGE, Span};
@@ -36,6 +39,10 @@ pub use segments::{Segment, Segments};
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+
+/// Names this crate's arithmetic: it changes when results do, if only by rounding, so that stored values that are compared
+/// with new ones are not those of another.
+pub const ARITHMETIC: &str = "2";
 
 /// Floating-point operations of this crate's own matrix products so far, in this process: 2 for each multiply-add.
 #[cfg(any(feature = "flex", feature = "tch"))]

@@ -11,7 +11,7 @@ use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
 use tracing::trace_span;
 
 use crate::generic::{self, Value};
-use crate::paged::{PAGE, Span, check, gathered};
+use crate::paged::{Span, gathered};
 use crate::{Activation, HeadOutput, Heads, Logits, Rotary, Scores, Segments};
 
 /// Three tensors, such as gradients in the order of the operands.
@@ -57,6 +57,29 @@ pub(crate) trait FusedOps: Backend {
     /// Gradient of the weight.
     fn linear_grad_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear_grad_weight::<Self>(Value(grad), Value(x)).0
+    }
+    /// `base + x · wᵀ`.
+    fn linear_onto(base: FloatTensor<Self>, x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_add(base, Self::fused_linear(x, w))
+    }
+    /// `base + grad · w`.
+    fn grad_input_onto(
+        base: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::float_add(base, Self::linear_grad_input(grad, w))
+    }
+    /// Returns `x · wᵀ + inner · bᵀ` and `inner`, `scale · x · aᵀ`.
+    fn fused_lora(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let inner = Self::float_mul_scalar(Self::fused_linear(x.clone(), a), scale.into());
+        (Self::linear_onto(Self::fused_linear(x, w), inner.clone(), b), inner)
     }
     /// `hidden · wᵀ` of the head in `f32`, products of narrower types summed so where the backend can.
     fn head_products(hidden: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -228,7 +251,7 @@ pub(crate) trait FusedOps: Backend {
 #[cfg(any(feature = "wgpu", feature = "cubecl-cuda"))]
 impl FusedOps for burn::backend::Cube {}
 
-fn dispatch<const D: usize>(tensor: burn::backend::DispatchTensor) -> Tensor<D> {
+pub(crate) fn dispatch<const D: usize>(tensor: burn::backend::DispatchTensor) -> Tensor<D> {
     Tensor::from_dispatch(tensor)
 }
 
@@ -266,6 +289,18 @@ pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
 pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     let _span = trace_span!("Linear").entered();
     dispatch(<Dispatch as FusedOps>::fused_linear(x.into_dispatch(), w.into_dispatch()))
+}
+
+/// A linear layer with a low-rank update, `x · wᵀ + scale · (x · aᵀ) · bᵀ`, whose own weight is not trained (LoRA, arXiv
+/// 2106.09685, equation 3).
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`, `w`: `[out, in]`, `a`: `[rank, in]`, `b`: `[out, rank]`; returns `[tokens, out]`.
+pub fn lora(x: Tensor<2>, w: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) -> Tensor<2> {
+    let _span = trace_span!("Lora").entered();
+    let [x, w, a, b] = [x, w, a, b].map(Tensor::into_dispatch);
+    let (out, _inner) = <Dispatch as FusedOps>::fused_lora(x, w, a, b, scale);
+    dispatch(out)
 }
 
 /// Root-mean-square norm, `x / sqrt(mean(x²) + eps) * w`.
@@ -333,73 +368,6 @@ pub fn attention(
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     let (out, _lse) = <Dispatch as FusedOps>::fused_attention(q, k, v, segments.clone(), heads, scores);
     dispatch(out)
-}
-
-/// A weight laid out for products with few rows, which is not trained. A row's result does not depend on the rows
-/// beside it on Flex.
-#[derive(Debug, Clone)]
-pub struct Packed {
-    tensor: Tensor<2>,
-    rows: usize,
-}
-
-impl Packed {
-    /// Of a weight `[out, in]`. `narrow` holds and multiplies it in 16 bits, sums in 32, where the backend holds
-    /// models in 32 otherwise.
-    pub fn new(weight: Tensor<2>, narrow: bool) -> Self {
-        let rows = weight.dims()[0];
-        let tensor = dispatch(<Dispatch as FusedOps>::packed(weight.into_dispatch(), narrow));
-        Self { tensor, rows }
-    }
-
-    /// `x · wᵀ`.
-    ///
-    /// # Shapes
-    /// - `x`: `[tokens, in]`; returns `[tokens, out]`.
-    pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
-        let _span = trace_span!("PackedLinear").entered();
-        let (x, w) = (x.into_dispatch(), self.tensor.clone().into_dispatch());
-        dispatch(<Dispatch as FusedOps>::packed_linear(x, w, self.rows))
-    }
-}
-
-/// Keys and values of one layer, in pages of [`PAGE`] tokens. How they lie in there is the backend's own.
-#[derive(Debug)]
-pub struct Cache {
-    keys: Tensor<2>,
-    values: Tensor<2>,
-    pages: usize,
-}
-
-impl Cache {
-    /// Room for `pages` pages. `like` is an activation of the model: queries are of its type. `narrow` as for
-    /// [`Packed::new`].
-    pub fn new(like: &Tensor<2>, narrow: bool, pages: usize, heads: Heads) -> Self {
-        let like = like.clone().into_dispatch();
-        let (keys, values) = <Dispatch as FusedOps>::new_cache(like, narrow, pages * PAGE, heads);
-        Self { keys: dispatch(keys), values: dispatch(values), pages }
-    }
-}
-
-/// Writes the keys and values of new tokens into a cache and attends to all that it holds of their sequences.
-///
-/// # Shapes
-/// - `q`: `[tokens, heads.query · dim]`; `k` and `v`: `[tokens, heads.kv · dim]`; returns the shape of `q`. `spans`
-///   cover all tokens, one after the other.
-pub fn cached_attention(
-    [q, k, v]: [Tensor<2>; 3],
-    cache: Cache,
-    spans: &Arc<Vec<Span>>,
-    heads: Heads,
-    scores: Scores,
-) -> (Tensor<2>, Cache) {
-    let _span = trace_span!("CachedAttention").entered();
-    check(spans, q.dims()[0], cache.pages);
-    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    let (keys, values) = (cache.keys.into_dispatch(), cache.values.into_dispatch());
-    let (out, keys, values) =
-        <Dispatch as FusedOps>::paged_attention(q, k, v, keys, values, spans.clone(), heads, scores);
-    (dispatch(out), Cache { keys: dispatch(keys), values: dispatch(values), pages: cache.pages })
 }
 
 /// Language-model head: log-probability of one target a row, in parts of the rows or of the vocabulary, so that the

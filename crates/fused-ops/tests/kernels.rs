@@ -66,6 +66,19 @@ fn linear_matches() {
 }
 
 #[test]
+fn low_rank_updates_match() {
+    let (x, w, a, b) = (random(37, 24), random(41, 24).inner(), random(3, 24), random(41, 3));
+    let product = |x: &Tensor<2>, w: &Tensor<2>| plain::linear(x.clone(), w.clone());
+    let frozen = |i: &Tensor<2>| Tensor::from_inner(w.clone().to_device(&i.device().inner()));
+    check(
+        &[x, a, b],
+        1e-5,
+        |i| fused_ops::lora(i[0].clone(), frozen(&i[0]), i[1].clone(), i[2].clone(), 0.5),
+        |i| product(&i[0], &frozen(&i[0])) + product(&product(&i[0], &i[1]), &i[2]) * 0.5,
+    );
+}
+
+#[test]
 fn norms_match() {
     let (x, w, b) = (random(131, 48), random(1, 48), random(1, 48));
     check(

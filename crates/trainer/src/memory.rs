@@ -77,7 +77,7 @@ impl Cost {
     fn new(settings: &Settings, model: &Decoder, fixed: usize, gradients: usize) -> Self {
         let config = model.config();
         let width = settings.precision.compute().size();
-        let Footprint { stream, products, cast, temporary } = model.footprint();
+        let Footprint { stream, products, temporary } = model.footprint();
         let rounds = settings.backend == Backend::Cuda && width < 4;
         let table = 4 * config.vocab * config.hidden;
         let trained = model.lora().is_none();
@@ -86,7 +86,7 @@ impl Cost {
         Self {
             blocks: config.layers.len(),
             all: settings.gradient_checkpointing,
-            block: 4 * stream + width * (products + if width < 4 { cast } else { 0 }),
+            block: 4 * stream + width * products,
             input: 4 * config.hidden,
             temporary: width * temporary,
             logits: logits(settings.backend),

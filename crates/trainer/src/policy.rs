@@ -27,7 +27,8 @@ impl Reference {
     ) -> Result<Self> {
         let mut hash = decoder::model_hash(dir.unwrap_or(model_dir))?;
         // Only values of the same arithmetic agree with the policy to the bit.
-        hash = format!("{hash} {} {}", settings.backend.name(), settings.precision.key());
+        let (backend, precision) = (settings.backend.name(), settings.precision.key());
+        hash = format!("{hash} {backend} {precision} {}", fused_ops::ARITHMETIC);
         let mut model = match dir {
             Some(dir) => Decoder::load(dir, device)?.computing_in(base.compute()),
             None => base.clone(),

@@ -108,10 +108,7 @@ pub fn forward<T: Element>(x: Operands<T>, segments: &Segments) -> (Vec<T>, Vec<
             let scale = shape(p, x.scores);
             let sums = softmax(p, scale, block, group);
             out.resize(rows * columns, 0.0);
-            let probabilities = T::of_all(p, narrow);
-            // The weights of an output add up to 1 as they are multiplied.
-            let sums = row_sums(probabilities, width).zip(sums).map(|(sum, (_, lse))| (sum, lse)).collect::<Vec<_>>();
-            let a = plain(probabilities, block.keys(), width);
+            let a = plain(T::of_all(p, narrow), block.keys(), width);
             times(out, columns, false, a, &v.of_features, (keys, block.start));
             // SAFETY: queries of different segments and the features of different heads are disjoint, so no other
             // task writes these elements.
@@ -179,23 +176,6 @@ fn softmax(scores: &mut [f32], scale: f32, block: Block, group: usize) -> Vec<(f
         )
     };
     scores.chunks_exact_mut(block.width()).enumerate().map(row).collect()
-}
-
-fn row_sums<T: Element>(rows: &[T], width: usize) -> impl Iterator<Item = f32> {
-    rows.chunks_exact(width).map(|row| {
-        wide(
-            #[inline(always)]
-            || {
-                let mut lanes = [0.0; WIDTH];
-                for part in row.as_chunks::<WIDTH>().0 {
-                    for i in 0..WIDTH {
-                        lanes[i] += part[i].single();
-                    }
-                }
-                lanes.iter().sum()
-            },
-        )
-    })
 }
 
 /// Gradients of the keys and values of a task, `[dim, keys]`.

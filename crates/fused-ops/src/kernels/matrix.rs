@@ -77,8 +77,8 @@ unsafe impl<T> Sync for Shared<T> {}
 
 /// `dst = a · b` (or `dst += a · b`) for `a`: `[m, k]`, `b`: `[k, n]`, `dst`: `[m, n]` row-major, on all
 /// cores.
-pub fn matmul<T: Element>(
-    dst: &mut [f32],
+pub fn matmul<T: Element, O: Output>(
+    dst: &mut [O],
     add: bool,
     (m, n, k): (usize, usize, usize),
     a: Mat<T>,
@@ -133,7 +133,7 @@ unsafe fn large<T: Element, O: Output>(
         let [a_data, b_data]: [Cow<'_, [f32]>; 2] = [a.data, b.data].map(widened);
         let (a, b) =
             (Mat { data: &a_data, row: a.row, col: a.col }, Mat { data: &b_data, row: b.row, col: b.col });
-        O::whole(dst, m * n, |dst| gemm_of(dst, add, (m, n, k), a, b));
+        O::whole(dst, m * n, add, |dst| gemm_of(dst, add, (m, n, k), a, b));
     }
 }
 

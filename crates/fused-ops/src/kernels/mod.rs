@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod attention;
 mod blocks;
+pub mod brain;
 pub mod dither;
 pub mod elementwise;
 pub mod head;

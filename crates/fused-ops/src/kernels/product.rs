@@ -63,17 +63,17 @@ pub trait Output: Element {
     /// Products are written as they are.
     const SINGLE: bool;
 
-    /// Lets `write` put `len` products in 32 bits where they belong.
+    /// Lets `write` put `len` products in 32 bits where they belong, or add them (`add`) to what is there.
     ///
     /// # Safety
-    /// `to` must be writable for them; where `write` adds, it must hold products of 32 bits.
-    unsafe fn whole(to: *mut Self, len: usize, write: impl FnOnce(*mut f32));
+    /// `to` must be writable for them, and hold values where they are added to.
+    unsafe fn whole(to: *mut Self, len: usize, add: bool, write: impl FnOnce(*mut f32));
 }
 
 impl Output for f32 {
     const SINGLE: bool = true;
 
-    unsafe fn whole(to: *mut f32, _: usize, write: impl FnOnce(*mut f32)) {
+    unsafe fn whole(to: *mut f32, _: usize, _: bool, write: impl FnOnce(*mut f32)) {
         write(to);
     }
 }
@@ -81,12 +81,13 @@ impl Output for f32 {
 impl Output for bf16 {
     const SINGLE: bool = false;
 
-    unsafe fn whole(to: *mut bf16, len: usize, write: impl FnOnce(*mut f32)) {
-        let mut all = vec![0.0; len];
-        write(all.as_mut_ptr());
-        let narrow = cast::<f32, bf16>(&all);
+    unsafe fn whole(to: *mut bf16, len: usize, add: bool, write: impl FnOnce(*mut f32)) {
         // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(narrow.as_ptr(), to, len) };
+        unsafe {
+            let mut all = if add { cast(std::slice::from_raw_parts(to, len)) } else { vec![0.0; len] };
+            write(all.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(cast::<f32, bf16>(&all).as_ptr(), to, len);
+        }
     }
 }
 
@@ -182,21 +183,32 @@ impl<T: Element> Buffers<T> {
                 for (row, from) in rows {
                     // SAFETY: as above.
                     let to = unsafe { to.add(row * place.stride) };
-                    if width == WIDTH && !place.add {
-                        // SAFETY: all columns are the caller's.
-                        (0..WIDTH).for_each(|i| unsafe { to.add(i).write(O::of(from[i])) });
-                        continue;
-                    }
-                    for (column, &value) in from[..width].iter().enumerate() {
-                        // SAFETY: these columns are the caller's.
-                        unsafe {
-                            let to = to.add(column);
-                            *to = O::of(if place.add { (*to).single() + value } else { value });
+                    // SAFETY: these columns are the caller's.
+                    unsafe {
+                        if width < WIDTH {
+                            put(to, &from[..width], place.add);
+                        } else {
+                            put(to, from, place.add);
                         }
                     }
                 }
             },
         );
+    }
+}
+
+/// Values rounded to their places, or added to what is there.
+///
+/// # Safety
+/// `to` must be writable for them, and hold values where they are added to.
+#[inline(always)]
+unsafe fn put<O: Element>(to: *mut O, values: &[f32], add: bool) {
+    for (i, &value) in values.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = to.add(i);
+            to.write(O::of(if add { to.read().single() + value } else { value }));
+        }
     }
 }
 
@@ -257,8 +269,10 @@ mod tests {
             near(&got, 1.0, 0.0);
             matmul(&mut got, true, (m, n, k), a, b);
             near(&got, 2.0, 0.0);
-            let narrow: Vec<bf16> = product_of((m, n, k), a, b);
+            let mut narrow: Vec<bf16> = product_of((m, n, k), a, b);
             near(&narrow.iter().map(|v| v.single()).collect::<Vec<_>>(), 1.0, 0.004);
+            matmul(&mut narrow, true, (m, n, k), a, b);
+            near(&narrow.iter().map(|v| v.single()).collect::<Vec<_>>(), 2.0, 0.008);
         }
     }
 
