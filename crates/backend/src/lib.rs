@@ -11,6 +11,7 @@ pub use check::self_check;
 pub use devices::{Opened, devices};
 pub use tolerance::{Tolerance, under_test};
 
+use burn::tensor::DType;
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -58,12 +59,12 @@ pub enum Error {
         reason: String,
     },
     /// A data type that the backend does not compute in.
-    #[error("--dtype {dtype}: {} computes in {}", .backend.name(), .backend.types())]
+    #[error("{flag}: {} computes in float32 alone; flex, tch and cuda also in bfloat16", .backend.name())]
     Dtype {
         /// Backend.
         backend: Backend,
-        /// Asked for.
-        dtype: &'static str,
+        /// That asks for it.
+        flag: &'static str,
     },
     /// The device gives other results than the reference.
     #[error(
@@ -119,18 +120,20 @@ impl Backend {
         matches!(self, Self::Flex | Self::Tch | Self::Cuda)
     }
 
+    /// Data type of activations in generation, given that of products: on Flex weights of 16 bits go with activations of
+    /// 32.
+    pub fn generates_in(self, compute: DType) -> DType {
+        if self == Self::Flex { DType::F32 } else { compute }
+    }
+
     /// Tensors are in the memory of this process.
     pub fn is_on_host(self) -> bool {
         matches!(self, Self::Flex | Self::Tch)
     }
 
-    fn types(self) -> &'static str {
-        if self.has_bfloat16() { "float32 and bfloat16" } else { "float32" }
-    }
-
-    /// Errors where it does not.
-    pub fn check_bfloat16(self) -> Result<(), Error> {
-        if self.has_bfloat16() { Ok(()) } else { Err(Error::Dtype { backend: self, dtype: "bfloat16" }) }
+    /// Errors where it does not, naming the flag that asks for it.
+    pub fn check_bfloat16(self, flag: &'static str) -> Result<(), Error> {
+        if self.has_bfloat16() { Ok(()) } else { Err(Error::Dtype { backend: self, flag }) }
     }
 }
 

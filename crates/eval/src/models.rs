@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use backend::{Backend, Opened};
+use backend::Opened;
 use burn::tensor::DType;
 use decoder::{Config, Decoder, Lora, adapter_base};
 use hub::{Hub, announce};
@@ -23,7 +23,7 @@ impl Target {
     pub fn open(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
         let backend = args.backend();
         if args.is_narrow() {
-            backend.check_bfloat16()?;
+            backend.check_bfloat16("--dtype bfloat16")?;
         }
         let dtype = if args.is_narrow() { DType::BF16 } else { DType::F32 };
         let opened = backend.open(args.device)?;
@@ -38,14 +38,13 @@ impl Target {
         Ok(Self { opened, dtype, held: DType::F32 })
     }
 
-    /// The same for a model that only generates: on Flex weights of 16 bits go with activations of 32.
+    /// The same for a model that only generates.
     pub fn to_generate(args: &DeviceArgs, tell: &dyn Fn(&str)) -> Result<Self> {
-        let target = Self::open(args, tell)?;
-        let Self { opened, dtype, .. } = target;
-        Ok(match opened.backend {
-            Backend::Flex => Self { opened, dtype: DType::F32, held: dtype },
-            _ => Self { opened, dtype, held: DType::F32 },
-        })
+        let Self { opened, dtype, held } = Self::open(args, tell)?;
+        let activations = opened.backend.generates_in(dtype);
+        // Where these are wider, the weights are held in 16 bits from the beginning.
+        let held = if activations == dtype { held } else { dtype };
+        Ok(Self { opened, dtype: activations, held })
     }
 }
 

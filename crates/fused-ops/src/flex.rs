@@ -77,7 +77,10 @@ fn dims(t: &FlexTensor) -> [usize; 2] {
 
 /// `base + a · b`, in place where nothing else holds `base`.
 fn onto<T: Output>(base: FlexTensor, size: (usize, usize, usize), a: Mat<T>, b: Mat<T>) -> FlexTensor {
-    let mut base = flat(&base);
+    let whole = flat(&base);
+    // The last one to hold the values writes them in place.
+    drop(base);
+    let mut base = whole;
     matmul(base.storage_mut::<T>(), true, size, a, b);
     base
 }
@@ -184,6 +187,11 @@ impl FusedOps for Flex {
         })
     }
 
+    fn scaled(x: FlexTensor, scale: f32) -> FlexTensor {
+        let x = flat(&x);
+        typed!(x, T => like(elementwise::scaled::<T>(x.storage(), scale), &x))
+    }
+
     fn linear_onto(base: FlexTensor, x: FlexTensor, w: FlexTensor) -> FlexTensor {
         let (x, w) = (flat(&x), flat(&w));
         let ([tokens, inner], [outer, _]) = (dims(&x), dims(&w));
@@ -226,14 +234,15 @@ impl FusedOps for Flex {
     }
 
     fn fused_layer_norm(x: FlexTensor, w: FlexTensor, b: FlexTensor, eps: f32) -> FlexTensor {
-        let (x, w, b) = (flat(&x), flat(&w), flat(&b));
-        like(norm::layer_forward(x.storage(), w.storage(), b.storage(), eps), &x)
+        let (single, w, b) = (in_type(&x, DType::F32), flat(&w), flat(&b));
+        in_type(&like(norm::layer_forward(single.storage(), w.storage(), b.storage(), eps), &x), x.dtype())
     }
 
     fn layer_norm_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor, eps: f32) -> Three<Self> {
-        let (grad, x, w) = (flat(&grad), flat(&x), flat(&w));
-        let (dx, dw, db) = norm::layer_backward(grad.storage(), x.storage(), w.storage(), eps);
-        (like(dx, &x), like(dw, &w), like(db, &w))
+        let [grad, single] = [&grad, &x].map(|t| in_type(t, DType::F32));
+        let w = flat(&w);
+        let (dx, dw, db) = norm::layer_backward(grad.storage(), single.storage(), w.storage(), eps);
+        (in_type(&like(dx, &x), x.dtype()), like(dw, &w), like(db, &w))
     }
 
     fn fused_rotary(x: FlexTensor, table: Rotary, sign: f32) -> FlexTensor {

@@ -106,6 +106,11 @@ fn known<'a, B: FusedOps>(
     inputs.into_iter().chain(weights.into_iter().filter(|w| w.is_tracked())).cloned().collect()
 }
 
+/// A gradient in the data type of its weight.
+fn in_type<B: FusedOps>(gradient: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
+    if gradient.dtype() == dtype { gradient } else { B::fused_cast(gradient, dtype.into()) }
+}
+
 /// A weight that is not trained has no gradient: none is computed, and what it would need is not kept.
 #[derive(Debug)]
 struct Linear;
@@ -125,9 +130,7 @@ impl<B: FusedOps> Backward<B, 2> for Linear {
         }
         if let (Some(node), Some(x)) = (w_node, x) {
             let gradient = B::linear_grad_weight(grad, kept.retrieve_node_output(x));
-            let same = gradient.dtype() == dtype;
-            let gradient = if same { gradient } else { B::float_cast(gradient, FloatDType::from(dtype)) };
-            grads.register::<B>(node.id, gradient);
+            grads.register::<B>(node.id, in_type::<B>(gradient, dtype));
         }
     }
 }
@@ -146,12 +149,15 @@ impl<B: FusedOps> Backward<B, 3> for LowRank {
         let (x, inner, [w, a, b], scale) = ops.state;
         let [x_node, a_node, b_node] = ops.parents;
         let x: FloatTensor<B> = kept.retrieve_node_output(x);
-        let of_inner = B::float_mul_scalar(B::linear_grad_input(grad.clone(), b), scale.into());
+        let types = [a.dtype(), b.dtype()];
+        let of_inner = B::scaled(B::linear_grad_input(grad.clone(), b), scale);
         if let Some(node) = b_node {
-            grads.register::<B>(node.id, B::linear_grad_weight(grad.clone(), inner));
+            let gradient = B::linear_grad_weight(grad.clone(), inner);
+            grads.register::<B>(node.id, in_type::<B>(gradient, types[1]));
         }
         if let Some(node) = a_node {
-            grads.register::<B>(node.id, B::linear_grad_weight(of_inner.clone(), x));
+            let gradient = B::linear_grad_weight(of_inner.clone(), x);
+            grads.register::<B>(node.id, in_type::<B>(gradient, types[0]));
         }
         if let Some(node) = x_node {
             let of_base = B::linear_grad_input(grad, w);
@@ -210,8 +216,15 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn fused_cast(x: FloatTensor<Self>, dtype: FloatDType) -> FloatTensor<Self> {
         let (nodes, known, id) = ([x.node()], known([&x], []), x.id());
         let x = x.into_primitive();
-        let before = FloatDType::from(x.dtype());
+        let (before, wider) = (FloatDType::from(x.dtype()), DType::from(dtype).size() > x.dtype().size());
         let out = B::fused_cast(x, dtype);
+        if wider {
+            // Its input would be kept where nothing keeps what it returns.
+            return match Cast.prepare::<C>(nodes).compute_bound().stateful() {
+                OpsKind::Tracked(p) => p.finish(before, out),
+                OpsKind::UnTracked(p) => p.finish(out),
+            };
+        }
         match again(Cast, nodes, &known, [id], move |[x]: [_; 1]| B::fused_cast(x, dtype)) {
             OpsKind::Tracked(p) => p.finish(before, out),
             OpsKind::UnTracked(p) => p.finish(out),
@@ -370,6 +383,9 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         unreachable!("{SECOND_ORDER}")
     }
     fn head_products(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{SECOND_ORDER}")
+    }
+    fn scaled(_: FloatTensor<Self>, _: f32) -> FloatTensor<Self> {
         unreachable!("{SECOND_ORDER}")
     }
     fn linear_onto(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {

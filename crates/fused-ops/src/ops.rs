@@ -70,6 +70,10 @@ pub(crate) trait FusedOps: Backend {
     ) -> FloatTensor<Self> {
         Self::float_add(base, Self::linear_grad_input(grad, w))
     }
+    /// `scale · x`.
+    fn scaled(x: FloatTensor<Self>, scale: f32) -> FloatTensor<Self> {
+        Self::float_mul_scalar(x, scale.into())
+    }
     /// Returns `x · wᵀ + inner · bᵀ` and `inner`, `scale · x · aᵀ`.
     fn fused_lora(
         x: FloatTensor<Self>,
@@ -78,7 +82,7 @@ pub(crate) trait FusedOps: Backend {
         b: FloatTensor<Self>,
         scale: f32,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let inner = Self::float_mul_scalar(Self::fused_linear(x.clone(), a), scale.into());
+        let inner = Self::scaled(Self::fused_linear(x.clone(), a), scale);
         (Self::linear_onto(Self::fused_linear(x, w), inner.clone(), b), inner)
     }
     /// `hidden · wᵀ` of the head in `f32`, products of narrower types summed so where the backend can.
@@ -267,7 +271,7 @@ pub fn narrow(weight: Tensor<2>) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::weight_as(weight.into_dispatch(), like.into_dispatch()))
 }
 
-/// An activation in another data type. What it returns is not kept for a backward pass but computed again.
+/// An activation in another data type. A narrower one is not kept for a backward pass but computed again.
 pub fn cast(x: Tensor<2>, dtype: FloatDType) -> Tensor<2> {
     let _span = trace_span!("Cast").entered();
     dispatch(<Dispatch as FusedOps>::fused_cast(x.into_dispatch(), dtype))

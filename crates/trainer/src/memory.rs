@@ -81,8 +81,9 @@ impl Cost {
         let rounds = settings.backend == Backend::Cuda && width < 4;
         let table = 4 * config.vocab * config.hidden;
         let trained = model.lora().is_none();
-        // One that is held in 16 bits is widened while it is used.
-        let narrow_head = model.weights().iter().any(|weight| weight.tensor.dtype() == DType::BF16);
+        // One that is held in 16 bits is widened while it is used, in parts on Flex.
+        let narrow_head = settings.backend != Backend::Flex
+            && model.weights().iter().any(|weight| weight.tensor.dtype() == DType::BF16);
         Self {
             blocks: config.layers.len(),
             all: settings.gradient_checkpointing,

@@ -26,7 +26,8 @@ impl Precision {
         let narrow = args.dtype == Dtype::Bfloat16;
         let mixed = narrow || args.bf16 == Some(true);
         if mixed {
-            args.backend.check_bfloat16().map_err(|error| error.to_string())?;
+            let flag = if narrow { "--dtype bfloat16" } else { "--bf16 True" };
+            args.backend.check_bfloat16(flag).map_err(|error| error.to_string())?;
         }
         let name = |narrow: bool| if narrow { "bfloat16" } else { "float32" };
         Ok(Self {

@@ -172,7 +172,12 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
         samples: settings
             .eval_samples
             .map(|(count, tokens)| {
-                Ok::<_, anyhow::Error>(Samples::new(tokenizer, eos_ids(&model_dir)?, count, tokens))
+                Ok::<_, anyhow::Error>(Samples::new(
+                    tokenizer,
+                    eos_ids(&model_dir)?,
+                    [count, tokens],
+                    settings.backend,
+                ))
             })
             .transpose()?,
     };

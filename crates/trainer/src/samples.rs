@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use anyhow::Result;
+use backend::Backend;
 use decoder::{Completion, Decoder, Ends, Generator, Request, Sampling, Stop};
 use pref_data::{Dataset, Tokenizer};
 use serde_json::{Value, json};
@@ -17,13 +18,19 @@ pub struct Samples {
     count: usize,
     /// New tokens of an answer.
     tokens: usize,
+    backend: Backend,
 }
 
 impl Samples {
     /// The first `count` rows, with at most `tokens` new tokens each.
-    pub fn new(tokenizer: Tokenizer, mut eos: Vec<u32>, count: usize, tokens: usize) -> Self {
+    pub fn new(
+        tokenizer: Tokenizer,
+        mut eos: Vec<u32>,
+        [count, tokens]: [usize; 2],
+        backend: Backend,
+    ) -> Self {
         eos.extend(tokenizer.eos_id());
-        Self { tokenizer, eos, count, tokens }
+        Self { tokenizer, eos, count, tokens, backend }
     }
 
     /// Answers of the model, the most likely token each time; nothing where the run is interrupted meanwhile. A prompt
@@ -50,7 +57,9 @@ impl Samples {
         let places: Vec<usize> = requests.iter().map(|r| r.index).collect();
         let mut done: Vec<Completion> = Vec::new();
         let ends = Ends { eos: self.eos.clone(), text: None };
-        let mut generator = Generator::new(model.frozen().merged(), Sampling::GREEDY, room, false);
+        let model = model.frozen().merged();
+        let activations = self.backend.generates_in(model.compute());
+        let mut generator = Generator::new(model.computing_in(activations), Sampling::GREEDY, room, false);
         generator.run(
             requests,
             &ends,

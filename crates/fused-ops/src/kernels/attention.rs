@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use bytemuck::zeroed_vec;
 use rayon::prelude::*;
 
 pub use super::blocks::Operands;
@@ -92,14 +93,14 @@ pub fn forward<T: Element>(x: Operands<T>, segments: &Segments) -> (Vec<T>, Vec<
         return (cast(&out), lse);
     }
     let (group, dim) = (x.group(), x.heads.dim);
-    let mut out = vec![T::default(); x.q.len()];
+    let mut out = zeroed_vec::<T>(x.q.len());
     let mut lse = vec![0.0; x.q.len() / dim];
     let to = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    let tasks = Task::all(segments, x.heads).into_par_iter();
+    let tasks = Task::all(segments, x.heads, x.scores.window).into_par_iter();
     tasks.for_each_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
         let Buffers { k, v, p, q, out, narrow: [narrow, _], .. } = buffers;
-        let keys = k.fill(&x, x.k, &task);
-        v.fill(&x, x.v, &task);
+        let keys = k.fill(&x, x.k, &task, [true, false]);
+        v.fill(&x, x.v, &task, [false, true]);
         for block in blocks(&task, group, x.scores.window) {
             let (rows, width, columns) = (block.len * group, block.width(), dim.next_multiple_of(WIDTH));
             let stride = gather(&x, x.q, &task.s, block, task.kv, q);
@@ -144,9 +145,10 @@ unsafe fn write_rows<T: Element>(
         let at = x.of_query(token, kv).start + head * dim;
         // SAFETY: the caller's promise.
         unsafe {
-            for (j, &value) in from[..dim].iter().enumerate() {
-                *out.get().add(at + j) = T::of(value / sum);
-            }
+            wide(
+                #[inline(always)]
+                || (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] / sum))),
+            );
             *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
         }
     }
@@ -187,9 +189,9 @@ pub fn backward<T: Element>(x: Operands<T>, segments: &Segments, grad: &[T], lse
         let grad = cast::<T, f32>(grad);
         return widened(x, |x| backward(x, segments, &grad, lse)).map(|gradient| cast(&gradient));
     }
-    let mut dq = vec![T::default(); x.q.len()];
+    let mut dq = zeroed_vec::<T>(x.q.len());
     let dq_ptr = Shared(dq.as_mut_ptr());
-    let tasks = Task::all(segments, x.heads);
+    let tasks = Task::all(segments, x.heads, x.scores.window);
     let shares: Vec<Shares> = tasks
         .par_iter()
         .map_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
@@ -198,7 +200,7 @@ pub fn backward<T: Element>(x: Operands<T>, segments: &Segments, grad: &[T], lse
         })
         .collect();
     let [dk, dv] = [(x.k.len(), 0), (x.v.len(), 1)].map(|(len, which)| {
-        let mut sums = vec![T::default(); len];
+        let mut sums = zeroed_vec::<T>(len);
         let width = x.heads.kv * x.heads.dim;
         let parts = sums.par_chunks_mut(TOKENS * width).enumerate();
         parts.for_each(|(i, part)| add_shares(i * TOKENS, part, (&tasks, &shares, which), x.heads));
@@ -248,8 +250,8 @@ unsafe fn task_backward<T: Element>(
 ) -> Shares {
     let (group, dim, s) = (x.group(), x.heads.dim, &task.s);
     let Buffers { k, v, p, ds, out, q, grad: g, tiles, panels, narrow: [of_p, of_ds] } = buffers;
-    let keys = k.fill(x, x.k, task);
-    v.fill(x, x.v, task);
+    let keys = k.fill(x, x.k, task, [true, true]);
+    v.fill(x, x.v, task, [true, false]);
     let (all, columns) = (keys.next_multiple_of(WIDTH), dim.next_multiple_of(WIDTH));
     let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; all * dim]);
     for block in blocks(task, group, x.scores.window) {
@@ -275,8 +277,11 @@ unsafe fn task_backward<T: Element>(
         times(out, columns, false, plain(ds, block.keys(), width), &k.of_features, (keys, block.start));
         for (row, from) in out.chunks_exact(columns).enumerate() {
             let to = x.of_query(tokens.start + row / group, task.kv).start + row % group * dim;
-            // SAFETY: the caller's promise.
-            (0..dim).for_each(|j| unsafe { *dq.get().add(to + j) = T::of(from[j]) });
+            wide(
+                #[inline(always)]
+                // SAFETY: the caller's promise.
+                || (0..dim).for_each(|j| unsafe { dq.get().add(to + j).write(T::of(from[j])) }),
+            );
         }
     }
     [dk, dv]

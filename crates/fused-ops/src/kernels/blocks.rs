@@ -12,8 +12,10 @@ use crate::{Heads, Scores, Segment, Segments};
 /// Rows of a block, of all query heads that share a key head: scores of a thousand keys stay in a second-level cache.
 const ROWS: usize = 48;
 
-/// Queries of a task: long segments are taken apart, however many threads there are.
+/// Queries of a task: segments are taken apart, however many threads there are.
 const QUERIES: usize = 256;
+/// Tasks of a segment and key head, at most: each has gradients of its own for all keys that it sees.
+const PARTS: usize = 8;
 
 /// Operands of one attention call; activations are `[tokens, heads * dim]`.
 #[derive(Clone, Copy)]
@@ -49,7 +51,7 @@ impl<T> Operands<'_, T> {
     }
 }
 
-/// A block of queries of a segment and the keys that any of them sees, counted from the segment's first prefix key.
+/// A block of queries of a segment and the keys that any of them sees, counted from the first key of its task.
 #[derive(Clone, Copy)]
 pub struct Block {
     /// First query, within the segment.
@@ -89,15 +91,19 @@ pub struct Task {
     /// First query and one past the last, within the segment.
     pub start: usize,
     pub end: usize,
+    /// Keys, in whole panels, that the window hides from all of them.
+    skip: usize,
 }
 
 impl Task {
-    pub fn all(segments: &Segments, heads: Heads) -> Vec<Self> {
+    pub fn all(segments: &Segments, heads: Heads, window: Option<usize>) -> Vec<Self> {
+        let window = window.unwrap_or(usize::MAX);
         let parts = |&s: &Segment| {
-            let starts = (0..s.len).step_by(QUERIES);
-            starts.flat_map(move |start| {
-                let end = (start + QUERIES).min(s.len);
-                (0..heads.kv).map(move |kv| Self { s, kv, start, end })
+            let step = QUERIES.max((s.prefix_len + s.len).div_ceil(PARTS));
+            (0..s.len).step_by(step).flat_map(move |start| {
+                let end = (start + step).min(s.len);
+                let skip = (s.prefix_len + start + 1).saturating_sub(window) / WIDTH * WIDTH;
+                (0..heads.kv).map(move |kv| Self { s, kv, start, end, skip })
             })
         };
         segments.segments().iter().flat_map(parts).collect()
@@ -106,7 +112,9 @@ impl Task {
     /// Keys that any of the queries may see: the prefix, then the segment's own; with each the place of its first.
     pub fn runs(&self) -> [(Range<usize>, usize); 2] {
         let Segment { prefix, prefix_len, own, .. } = self.s;
-        [(prefix..prefix + prefix_len, 0), (own..own + self.end, prefix_len)]
+        let hidden = self.skip.min(prefix_len);
+        let first = own + self.skip - hidden;
+        [(prefix + hidden..prefix + prefix_len, 0), (first..own + self.end, prefix_len - hidden)]
     }
 
     /// The same one by one.
@@ -116,11 +124,11 @@ impl Task {
 }
 
 pub fn blocks(task: &Task, group: usize, window: Option<usize>) -> impl Iterator<Item = Block> {
-    let (end, prefix) = (task.end, task.s.prefix_len);
+    let (end, Task { s, skip, .. }) = (task.end, *task);
     let (window, step) = (window.unwrap_or(usize::MAX), (ROWS / group).clamp(16, 64));
     (task.start..end).step_by(step).map(move |first| {
         let len = step.min(end - first);
-        let position = prefix + first;
+        let position = s.prefix_len + first - skip;
         // What the window hides from the first query it hides from all.
         let start = (position + 1).saturating_sub(window) / WIDTH * WIDTH;
         Block { first, len, start, end: position + len, position, window }
@@ -138,17 +146,21 @@ pub struct Laid<T> {
 }
 
 impl<T: Element> Laid<T> {
-    /// Of the rows of `data`; returns the number of keys.
-    pub fn fill(&mut self, x: &Operands<T>, data: &[T], task: &Task) -> usize {
+    /// Of the rows of `data`, keys side by side or features side by side or both; returns the number of keys.
+    pub fn fill(&mut self, x: &Operands<T>, data: &[T], task: &Task, [keys, features]: [bool; 2]) -> usize {
         let dim = x.heads.dim;
         self.rows.clear();
         for token in task.keys() {
             self.rows.extend_from_slice(&data[(token * x.heads.kv + task.kv) * dim..][..dim]);
         }
-        let keys = self.rows.len() / dim;
-        beside::<T, WIDTH>(Mat::rows(&self.rows, dim), keys, dim, &mut self.of_keys);
-        beside::<T, WIDTH>(Mat::rows(&self.rows, dim).t(), dim, keys, &mut self.of_features);
-        keys
+        let (count, rows) = (self.rows.len() / dim, Mat::rows(&self.rows, dim));
+        if keys {
+            beside::<T, WIDTH>(rows, count, dim, &mut self.of_keys);
+        }
+        if features {
+            beside::<T, WIDTH>(rows.t(), dim, count, &mut self.of_features);
+        }
+        count
     }
 }
 

@@ -65,8 +65,9 @@ impl Computed for bf16 {
     }
 }
 
-/// Rounds `values`, the elements from `first` on of a weight.
-fn dithered(values: &[f32], first: usize, out: &mut [MaybeUninit<bf16>]) {
+/// Rounds `values`, the elements from `first` on of a weight; writes all of `out`.
+pub fn dithered(values: &[f32], first: usize, out: &mut [MaybeUninit<bf16>]) {
+    assert_eq!(values.len(), out.len(), "a place for each value");
     out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (out, values))| {
         let first = (first + chunk * CHUNK) as u32;
         wide(
@@ -77,7 +78,9 @@ fn dithered(values: &[f32], first: usize, out: &mut [MaybeUninit<bf16>]) {
                     // The carry rounds away from zero; infinities and NaNs have nothing to round.
                     let special = bits & 0x7f80_0000 == 0x7f80_0000;
                     let up = if special { 0 } else { threshold(first.wrapping_add(i as u32)) };
-                    out.write(bf16::from_bits((bits.wrapping_add(up) >> 16) as u16));
+                    // What is no number stays none without its lower half.
+                    let quiet = if value.is_nan() { 0x40 } else { 0 };
+                    out.write(bf16::from_bits((bits.wrapping_add(up) >> 16) as u16 | quiet));
                 }
             },
         );
@@ -88,21 +91,22 @@ fn dithered(values: &[f32], first: usize, out: &mut [MaybeUninit<bf16>]) {
 mod tests {
     use super::*;
 
-    fn dithered(values: &[f32]) -> Vec<f32> {
+    fn rounded(values: &[f32]) -> Vec<f32> {
         bf16::of_weight(Weight::Single(values), 0..values.len()).iter().map(|v| v.to_f32()).collect()
     }
 
     #[test]
     fn brain_floats_stay_and_others_are_right_on_average() {
         let exact: Vec<f32> = (0..1000).map(|i| bf16::from_f32(i as f32 * 0.37 - 150.0).to_f32()).collect();
-        assert_eq!(dithered(&exact), exact);
+        assert_eq!(rounded(&exact), exact);
         // A hundredth of the distance to the next: nearest rounding would leave them all.
         let moved: Vec<f32> = vec![1.0 + 0.007_812_5 / 100.0; 1 << 20];
-        let mean = dithered(&moved).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
+        let mean = rounded(&moved).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
         assert!((mean - f64::from(moved[0])).abs() < 2e-6, "{mean}");
         let negative: Vec<f32> = moved.iter().map(|v| -v).collect();
-        let mean = dithered(&negative).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
+        let mean = rounded(&negative).iter().map(|&v| f64::from(v)).sum::<f64>() / f64::from(1 << 20);
         assert!((mean + f64::from(moved[0])).abs() < 2e-6, "{mean}");
-        assert!(dithered(&[f32::NAN])[0].is_nan() && dithered(&[f32::INFINITY])[0].is_infinite());
+        assert!(rounded(&[f32::NAN, f32::from_bits(0x7f80_0001)]).iter().all(|v| v.is_nan()));
+        assert!(rounded(&[f32::INFINITY])[0].is_infinite());
     }
 }

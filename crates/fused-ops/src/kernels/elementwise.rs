@@ -68,6 +68,7 @@ pub fn activate_backward<T: Element>(grad: &[T], x: &[T], kind: Activation) -> V
 }
 
 fn gated_values<C: Curve, T: Element>(gate: &[T], up: &[T]) -> Vec<T> {
+    assert_eq!(gate.len(), up.len(), "gate and up have one shape");
     // SAFETY: every chunk is written, here and below.
     unsafe {
         made(gate.len(), |out| {
@@ -87,6 +88,7 @@ fn gated_values<C: Curve, T: Element>(gate: &[T], up: &[T]) -> Vec<T> {
 }
 
 fn gated_gradients<C: Curve, T: Element>(grad: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
+    assert!(gate.len() == up.len() && grad.len() == up.len(), "gate, up and gradient have one shape");
     let mut dg = Vec::new();
     let chunks = grad.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
     // SAFETY: as above.
@@ -137,6 +139,15 @@ pub fn cast<T: Element, O: Element>(x: &[T]) -> Vec<O> {
     )
 }
 
+/// `scale · x`.
+pub fn scaled<T: Element>(x: &[T], scale: f32) -> Vec<T> {
+    map(
+        x,
+        #[inline(always)]
+        |x| T::of(scale * x.single()),
+    )
+}
+
 fn values<C: Curve, T: Element>(x: &[T]) -> Vec<T> {
     map(
         x,
@@ -146,6 +157,7 @@ fn values<C: Curve, T: Element>(x: &[T]) -> Vec<T> {
 }
 
 fn gradients<C: Curve, T: Element>(grad: &[T], x: &[T]) -> Vec<T> {
+    assert_eq!(grad.len(), x.len(), "an activation and its gradient have one shape");
     // SAFETY: as above.
     unsafe {
         made(x.len(), |dx| {
@@ -168,27 +180,38 @@ fn gradients<C: Curve, T: Element>(grad: &[T], x: &[T]) -> Vec<T> {
 /// forward pass and -1 for the backward pass (the transpose). Features beyond `2 · half` are copied.
 pub fn rotate<T: Element>(x: &[T], features: usize, table: &Rotary, sign: f32) -> Vec<T> {
     let Rotary { half, dim, .. } = *table;
-    let mut out = vec![T::default(); x.len()];
-    let tokens = out.par_chunks_mut(features).zip(x.par_chunks(features));
-    tokens.zip(table.cos.par_chunks(half)).zip(table.sin.par_chunks(half)).with_min_len(16).for_each(
-        |(((out, x), cos), sin)| {
-            wide(
-                #[inline(always)]
-                || {
-                    for (out, x) in out.chunks_exact_mut(dim).zip(x.chunks_exact(dim)) {
-                        out[2 * half..].copy_from_slice(&x[2 * half..]);
-                        let (out_a, out_b) = out[..2 * half].split_at_mut(half);
-                        let (a, b) = x[..2 * half].split_at(half);
-                        for i in 0..half {
-                            let s = sign * sin[i];
-                            let (a, b) = (a[i].single(), b[i].single());
-                            out_a[i] = T::of(a * cos[i] - b * s);
-                            out_b[i] = T::of(b * cos[i] + a * s);
-                        }
-                    }
+    let tokens = x.len() / features;
+    assert!(
+        features.is_multiple_of(dim) && table.cos.len() >= tokens * half && table.sin.len() >= tokens * half,
+        "whole heads, and an angle for each token"
+    );
+    // SAFETY: every token has its angles, and every feature of it belongs to a head.
+    unsafe {
+        made(x.len(), |out| {
+            let tokens = out.par_chunks_mut(features).zip(x.par_chunks(features)).with_min_len(16);
+            tokens.zip(table.cos.par_chunks(half)).zip(table.sin.par_chunks(half)).for_each(
+                |(((out, x), cos), sin)| {
+                    wide(
+                        #[inline(always)]
+                        || {
+                            for (out, x) in out.chunks_exact_mut(dim).zip(x.chunks_exact(dim)) {
+                                let (turned, rest) = out.split_at_mut(2 * half);
+                                rest.iter_mut()
+                                    .zip(&x[2 * half..])
+                                    .for_each(|(to, &from)| _ = to.write(from));
+                                let (out_a, out_b) = turned.split_at_mut(half);
+                                let (a, b) = x[..2 * half].split_at(half);
+                                for i in 0..half {
+                                    let s = sign * sin[i];
+                                    let (a, b) = (a[i].single(), b[i].single());
+                                    out_a[i].write(T::of(a * cos[i] - b * s));
+                                    out_b[i].write(T::of(b * cos[i] + a * s));
+                                }
+                            }
+                        },
+                    );
                 },
             );
-        },
-    );
-    out
+        })
+    }
 }

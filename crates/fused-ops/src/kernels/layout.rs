@@ -84,10 +84,11 @@ unsafe fn transpose<const W: usize>(from: *const u32, stride: usize, count: usiz
                 if start + PART <= len {
                     let line = from.cast::<[u32; PART]>().read_unaligned();
                     for i in 0..PART {
-                        *to.add(i * W) = line[i];
+                        to.add(i * W).write_unaligned(line[i]);
                     }
                 } else {
-                    (0..len - start).for_each(|i| *to.add(i * W) = from.add(i).read_unaligned());
+                    (0..len - start)
+                        .for_each(|i| to.add(i * W).write_unaligned(from.add(i).read_unaligned()));
                 }
             }
         }

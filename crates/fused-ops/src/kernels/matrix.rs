@@ -105,7 +105,6 @@ pub fn product_of<T: Element, O: Output>((m, n, k): (usize, usize, usize), a: Ma
 
 /// Puts `a · b` after what is in `out`.
 pub fn append<T: Element>(out: &mut Vec<f32>, (m, n, k): (usize, usize, usize), a: Mat<T>, b: Mat<T>) {
-    assert!(k > 0, "a sum of nothing");
     out.reserve(m * n);
     // SAFETY: there is room for `m * n` elements more, and the product writes every one of them.
     unsafe {
@@ -122,9 +121,10 @@ unsafe fn large<T: Element, O: Output>(
     b: Mat<T>,
 ) {
     assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
-    if m == 0 || n == 0 || k == 0 {
+    if m == 0 || n == 0 {
         return;
     }
+    assert!(k > 0, "a sum of nothing");
     // SAFETY: the caller's promise about `dst`.
     unsafe {
         if T::has_panels() {
@@ -133,7 +133,13 @@ unsafe fn large<T: Element, O: Output>(
         let [a_data, b_data]: [Cow<'_, [f32]>; 2] = [a.data, b.data].map(widened);
         let (a, b) =
             (Mat { data: &a_data, row: a.row, col: a.col }, Mat { data: &b_data, row: b.row, col: b.col });
-        O::whole(dst, m * n, add, |dst| gemm_of(dst, add, (m, n, k), a, b));
+        O::whole(dst, m * n, add, |dst| {
+            if f32::has_panels() {
+                panels(dst, add, (m, n, k), a, b);
+            } else {
+                gemm_of(dst, add, (m, n, k), a, b);
+            }
+        });
     }
 }
 

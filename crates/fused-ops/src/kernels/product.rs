@@ -16,6 +16,8 @@ use super::simd::wide;
 
 /// Tiles of a task, at most.
 const TILES: usize = 20;
+/// Tiles of a task, at least, where there are so many.
+const LEAST: usize = 8;
 /// Tasks of a thread, so that all end at about the same time.
 const TASKS: usize = 4;
 /// Bytes of a row that are multiplied at a time: rows of a task stay in the second-level cache.
@@ -38,7 +40,11 @@ impl Division {
     fn new<T: Element>((m, n, k): (usize, usize, usize)) -> Self {
         let (tiles, panels) = (m.div_ceil(TILE), n.div_ceil(WIDTH));
         let wanted = TASKS * rayon::current_num_threads();
-        let of_rows = tiles.div_ceil(TILES).next_multiple_of(wanted).min(tiles);
+        // What does not divide evenly by rows is divided by columns too: each part of the rows reads all of its panels.
+        let few = tiles.div_ceil(TILES);
+        let of_rows =
+            if few >= wanted { few.next_multiple_of(wanted) } else { wanted.min(tiles.div_ceil(LEAST)) };
+        let of_rows = of_rows.min(tiles);
         let of_panels = wanted.div_ceil(of_rows).min(panels);
         let most = DEPTH / size_of::<T>();
         let depth = k.div_ceil(k.div_ceil(most + most / 2)).next_multiple_of(T::GROUP);

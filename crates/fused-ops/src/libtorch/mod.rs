@@ -93,6 +93,15 @@ fn values_mut(tensor: &mut tch::Tensor) -> &mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
+/// The places of a contiguous `bf16` tensor on the CPU that was made here and is shared with nobody.
+#[allow(unsafe_code)]
+fn halves_mut(tensor: &mut tch::Tensor) -> &mut [std::mem::MaybeUninit<half::bf16>] {
+    let plain = tensor.device() == tch::Device::Cpu && tensor.is_contiguous();
+    assert!(plain && tensor.kind() == Kind::BFloat16, "a contiguous bf16 tensor of the CPU");
+    // SAFETY: contiguous, of 16 bits an element and of this length, and borrowed as long as the slice.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
 fn check_plain(tensor: &tch::Tensor) {
     assert!(
         tensor.device() == tch::Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous(),

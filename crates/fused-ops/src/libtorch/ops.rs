@@ -6,9 +6,9 @@ use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
 
-use super::{attention, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
+use super::{attention, halves_mut, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
-use crate::kernels::dither::{Computed, Weight};
+use crate::kernels::dither::{Weight, dithered};
 use crate::kernels::head::{self as lm_head, gradient_rows};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
@@ -254,7 +254,7 @@ fn rows_of(x: &Tensor, w: &Tensor) -> Tensor {
     x.to_kind(Kind::Float).contiguous().view([-1, w.size()[1]])
 }
 
-/// A weight in another data type; from 32 to 16 bits by [`dither`].
+/// A weight in another data type; from 32 to 16 bits by [`dithered`].
 pub(super) fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
     if w.kind() != Kind::Float || kind != Kind::BFloat16 {
         return w.to_kind(kind);
@@ -263,8 +263,9 @@ pub(super) fn narrowed(w: &Tensor, kind: Kind) -> Tensor {
         return shim::dither(w);
     }
     let w = w.contiguous();
-    let narrow = half::bf16::of_weight(Weight::Single(values(&w)), 0..w.numel());
-    Tensor::from_data_size(bytemuck::cast_slice(&narrow), &w.size(), kind)
+    let mut out = Tensor::empty(w.size(), (kind, w.device()));
+    dithered(values(&w), 0, halves_mut(&mut out));
+    out
 }
 
 /// Products of some rows in a buffer of their own, in `f32`: rounded to 16 bits each logit would be off by up to a
@@ -306,7 +307,8 @@ mod tests {
         assert!(bool::try_from(kernel.eq_tensor(&operations).all()).unwrap_or(false));
         let near = (&kernel - &w).abs().le(0.02).masked_select(&w.isfinite()).all();
         assert!(bool::try_from(near).unwrap_or(false));
-        let broken = Tensor::from_slice(&[0x7fff_ffff, 0xffff_ffff, 0x7fc0_0000_u32].map(f32::from_bits));
+        let broken =
+            Tensor::from_slice(&[0x7fff_ffff, 0xffff_ffff, 0x7fc0_0000, 0x7f80_0001_u32].map(f32::from_bits));
         for narrow in [narrowed(&broken, Kind::BFloat16), shim::dither(&broken)] {
             assert!(bool::try_from(narrow.isnan().all()).unwrap_or(false), "{narrow:?}");
         }

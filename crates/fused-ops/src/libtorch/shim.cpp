@@ -219,8 +219,8 @@ char *shim_dither(const at::Tensor *weight, at::Tensor **out) {
   return guarded([&] {
     auto bits = weight->contiguous().view(at::kInt).flatten();
     // Infinity stays what it is: its lower half is 0, so that nothing is carried. What is no number could carry into its
-    // sign.
-    auto sum = at::where(weight->contiguous().flatten().isnan(), bits, bits + thresholds(bits));
+    // sign, or lose what makes it none.
+    auto sum = at::where(weight->contiguous().flatten().isnan(), bits.bitwise_or(0x400000), bits + thresholds(bits));
     auto high = sum.view(at::kShort).view({-1, 2}).select(1, 1).contiguous();
     *out = new at::Tensor(high.view(at::kBFloat16).view(weight->sizes()));
   });

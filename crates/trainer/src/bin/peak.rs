@@ -30,7 +30,7 @@ const AT_ONCE: usize = 4;
 fn main() -> Result<()> {
     let Args { backend, dtype, size } = Args::parse();
     if dtype == Dtype::Bfloat16 {
-        backend.check_bfloat16()?;
+        backend.check_bfloat16("--dtype bfloat16")?;
     }
     let device = backend.open(None)?.device;
     let dtype = if dtype == Dtype::Bfloat16 { DType::BF16 } else { DType::F32 };
