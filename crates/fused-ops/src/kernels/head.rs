@@ -7,16 +7,19 @@ use rayon::prelude::*;
 
 use super::dither::{Computed, Weight};
 use super::matrix::{Mat, append, matmul};
-use super::panel::Element;
+use super::panel::{Element, TILE, WIDTH};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
 /// Logits held at a time (8 MiB; more where there are more than 8,192 rows), the one large temporary of the head.
 const LOGITS: usize = 2 << 20;
 
+const _: () = assert!((8 * TILE).is_multiple_of(WIDTH), "parts are whole panels");
+
 /// Parts of the vocabulary for `n` rows.
 fn tiles(n: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
-    let width = (LOGITS / n.max(1)).clamp(256, 4096);
+    // Whole panels, and whole tiles of the transpose.
+    let width = (LOGITS / n.max(1)).next_multiple_of(8 * TILE).clamp(32 * TILE, 336 * TILE);
     (0..vocab).step_by(width).map(move |start| start..(start + width).min(vocab))
 }
 
