@@ -1,7 +1,7 @@
 //! Fused tensor operations for training decoder language models, on Burn.
 //!
 //! Every function works on plain [`Tensor`]s of any backend and has a hand-written backward pass. On Flex (the
-//! pure-Rust CPU backend, `f32`) it runs a kernel of this crate, on LibTorch that library's kernels, and anywhere
+//! pure-Rust CPU backend) it runs a kernel of this crate, on LibTorch that library's kernels, and anywhere
 //! else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
 //! differentiated by Burn.
 //!
@@ -48,6 +48,18 @@ pub const ARITHMETIC: &str = "2";
 #[cfg(any(feature = "flex", feature = "tch"))]
 pub fn flops() -> u64 {
     kernels::matrix::flops()
+}
+
+/// This processor multiplies 16-bit floats: products in `BF16` are faster on Flex than in `f32`.
+#[cfg(any(feature = "flex", feature = "tch"))]
+pub fn has_narrow_products() -> bool {
+    kernels::brain::has_narrow_products()
+}
+
+/// Without Flex nothing of this crate's own is computed on the processor.
+#[cfg(not(any(feature = "flex", feature = "tch")))]
+pub fn has_narrow_products() -> bool {
+    false
 }
 
 /// Attention head layout of a `[tokens, heads * dim]` activation.
