@@ -141,12 +141,17 @@ fn scores_are_the_peers() {
     let text = fs::read_to_string(fixtures().join("data/clair_mini/train.jsonl")).unwrap();
     let four: Vec<&str> = text.lines().take(4).collect();
     fs::write(dir.path().join("four.jsonl"), four.join("\n")).unwrap();
-    let output = eval(dir.path(), "pairs", &["--dataset", "four.jsonl", "--out", "out"]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    let rows = rows(&dir.path().join("out/rows.jsonl"));
-    let mean = |side: &str| rows.iter().map(|row| row["logps"][side].as_f64().unwrap()).sum::<f64>() / 4.0;
-    assert!((mean("chosen") + 548.309_448).abs() < 5e-3, "{}", mean("chosen"));
-    assert!((mean("rejected") + 479.735_962).abs() < 5e-3, "{}", mean("rejected"));
+    let narrow = backend::under_test().backend.has_bfloat16();
+    for (dtype, allowed) in [("float32", 5e-3), ("bfloat16", 1.0)].into_iter().take(1 + usize::from(narrow)) {
+        let output =
+            eval(dir.path(), "pairs", &["--dataset", "four.jsonl", "--out", dtype, "--dtype", dtype]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let rows = rows(&dir.path().join(dtype).join("rows.jsonl"));
+        let mean =
+            |side: &str| rows.iter().map(|row| row["logps"][side].as_f64().unwrap()).sum::<f64>() / 4.0;
+        assert!((mean("chosen") + 548.309_448).abs() < allowed, "{dtype}: {}", mean("chosen"));
+        assert!((mean("rejected") + 479.735_962).abs() < allowed, "{dtype}: {}", mean("rejected"));
+    }
 }
 
 /// A model of the fixtures with the weights that TRL's run ended with.

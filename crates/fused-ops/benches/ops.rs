@@ -13,7 +13,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use backend::under_test;
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{DType, Distribution, Tensor};
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Packed, Parameter, Rotary, Scores, Segments};
 
@@ -24,6 +24,16 @@ const VOCAB: usize = 49_152;
 
 fn random(rows: usize, cols: usize) -> Tensor<2> {
     Tensor::random([rows, cols], Distribution::Normal(0.0, 1.0), &under_test().device)
+}
+
+/// In 16 bits.
+fn sixteen(x: Tensor<2>) -> Tensor<2> {
+    fused_ops::cast(x, DType::BF16.into())
+}
+
+/// In 32 bits.
+fn single(x: Tensor<2>) -> Tensor<2> {
+    fused_ops::cast(x, DType::F32.into())
 }
 
 /// Waits for the device.
@@ -66,33 +76,66 @@ fn limits(c: &mut Criterion) {
     group.bench_function("product", |bencher| {
         bencher.iter(|| finish(fused_ops::linear(a.clone(), b.clone())));
     });
+    if under_test().backend.has_bfloat16() {
+        let (a, b) = (sixteen(a), sixteen(b));
+        group.bench_function("product of 16 bits", |bencher| {
+            bencher.iter(|| finish(fused_ops::linear(a.clone(), b.clone())));
+        });
+    }
     let large = random(8192, 4096);
     group.throughput(values(2 * 8192 * 4096));
     group.bench_function("copy", |bencher| bencher.iter(|| finish(large.clone() + 1.0)));
     group.finish();
 }
 
+/// A way there and back.
+type Types = (&'static str, fn(Tensor<2>) -> Tensor<2>, fn(Tensor<2>) -> Tensor<2>);
+
+/// What operations are measured in, beside the plain composition in 32 bits.
+fn types() -> Vec<Types> {
+    let all: [Types; 2] = [("", |x| x, |x| x), (" of 16 bits", sixteen, single)];
+    let count = if under_test().backend.has_bfloat16() { 2 } else { 1 };
+    all[..count].to_vec()
+}
+
 fn products(c: &mut Criterion) {
-    let work = Throughput::Elements(6 * (TOKENS * HIDDEN * INNER) as u64);
-    compare(
-        c,
-        "linear",
-        work,
-        &[random(TOKENS, HIDDEN), random(INNER, HIDDEN)],
-        |i| fused_ops::linear(i[0].clone(), i[1].clone()),
-        |i| plain::linear(i[0].clone(), i[1].clone()),
-    );
+    let work = |passes: usize| Throughput::Elements((2 * passes * TOKENS * HIDDEN * INNER) as u64);
+    let frozen = random(INNER, HIDDEN);
+    let base = |like: &Tensor<2>| {
+        if like.device().is_autodiff() { Tensor::from_inner(frozen.clone()) } else { frozen.clone() }
+    };
     let rows = 512;
     let targets = Arc::new((0..rows as u32).collect::<Vec<_>>());
     let flat = |out: fused_ops::HeadOutput| out.logps.reshape([rows, 1]);
-    compare(
-        c,
-        "head",
-        Throughput::Elements(6 * (rows * HIDDEN * VOCAB) as u64),
-        &[random(rows, HIDDEN), random(VOCAB, HIDDEN)],
-        |i| flat(fused_ops::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
-        |i| flat(plain::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
-    );
+    for (name, to, back) in types() {
+        compare(
+            c,
+            &format!("linear{name}"),
+            work(3),
+            &[random(TOKENS, HIDDEN), random(INNER, HIDDEN)],
+            |i| back(fused_ops::linear(to(i[0].clone()), i[1].clone())),
+            |i| plain::linear(i[0].clone(), i[1].clone()),
+        );
+        compare(
+            c,
+            &format!("lora{name}"),
+            work(2),
+            &[random(TOKENS, HIDDEN), random(16, HIDDEN), random(INNER, 16)],
+            |i| back(fused_ops::lora(to(i[0].clone()), base(&i[0]), i[1].clone(), i[2].clone(), 2.0)),
+            |i| {
+                let update = plain::linear(plain::linear(i[0].clone(), i[1].clone()), i[2].clone());
+                plain::linear(i[0].clone(), base(&i[0])) + update * 2.0
+            },
+        );
+        compare(
+            c,
+            &format!("head{name}"),
+            Throughput::Elements(6 * (rows * HIDDEN * VOCAB) as u64),
+            &[random(rows, HIDDEN), random(VOCAB, HIDDEN)],
+            |i| flat(fused_ops::head(to(i[0].clone()), i[1].clone(), &targets, Logits::default())),
+            |i| flat(plain::head(i[0].clone(), i[1].clone(), &targets, Logits::default())),
+        );
+    }
 }
 
 fn attention(c: &mut Criterion) {
@@ -103,20 +146,22 @@ fn attention(c: &mut Criterion) {
     let segments = Arc::new(segments);
     // A causal half of each square, and the tails' view of the shared part.
     let pairs = 2 * (324 * 324 / 2 + 2 * (350 * 324 + 350 * 350 / 2));
-    compare(
-        c,
-        "attention",
-        Throughput::Elements(12 * (HIDDEN * pairs) as u64),
-        &[random(TOKENS, 576), random(TOKENS, 192), random(TOKENS, 192)],
-        |i| {
-            let [q, k, v] = [0, 1, 2].map(|n| i[n].clone());
-            fused_ops::attention(q, k, v, &segments, heads, Scores::scaled(0.125))
-        },
-        |i| {
-            let [q, k, v] = [0, 1, 2].map(|n| i[n].clone());
-            plain::attention(q, k, v, &segments, heads, Scores::scaled(0.125))
-        },
-    );
+    for (name, to, back) in types() {
+        compare(
+            c,
+            &format!("attention{name}"),
+            Throughput::Elements(12 * (HIDDEN * pairs) as u64),
+            &[random(TOKENS, 576), random(TOKENS, 192), random(TOKENS, 192)],
+            |i| {
+                let [q, k, v] = [0, 1, 2].map(|n| to(i[n].clone()));
+                back(fused_ops::attention(q, k, v, &segments, heads, Scores::scaled(0.125)))
+            },
+            |i| {
+                let [q, k, v] = [0, 1, 2].map(|n| i[n].clone());
+                plain::attention(q, k, v, &segments, heads, Scores::scaled(0.125))
+            },
+        );
+    }
 }
 
 fn elementwise(c: &mut Criterion) {

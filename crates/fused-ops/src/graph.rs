@@ -1,6 +1,6 @@
 //! Graph: the backward passes as autodiff nodes.
 //!
-//! Norms and activations are cheap: what they return is not kept for the products that take it, but computed again from
+//! Norms, activations and narrowing casts are cheap: what they return is not kept for the products that take it, but computed again from
 //! their inputs when a weight's gradient needs it (Burn's memory-bound nodes, whatever the strategy of the tape).
 
 use std::sync::Arc;

@@ -8,8 +8,8 @@
 //! Activations are always two-dimensional, `[tokens, features]`: there is no batch dimension and no
 //! padding. Which tokens may attend to which is given by [`Segments`].
 //!
-//! `unsafe` is allowed in this crate alone: the matrix products write disjoint blocks of one buffer
-//! from several threads, and LibTorch is called through its C++ interface.
+//! `unsafe` is allowed in this crate alone: kernels write disjoint parts of one buffer from several threads, and results into
+//! memory that holds nothing yet, and LibTorch is called through its C++ interface.
 
 #[allow(deprecated)]
 mod cached;

@@ -217,6 +217,36 @@ fn sixteen_bits_are_close_to_thirty_two() {
         let half = single(run(inputs.each_ref().map(narrow)));
         near(&inputs, run(inputs.clone()), half);
     }
+    // Several tasks.
+    let mut long = Segments::default();
+    long.push_row(0, 300, &[310]);
+    let (long, heads) = (Arc::new(long), Heads { query: 2, kv: 1, dim: 20 });
+    let inputs = [random(610, 40), random(610, 20), random(610, 20)];
+    let run = |[q, k, v]: [Tensor<2>; 3]| fused_ops::attention(q, k, v, &long, heads, Scores::scaled(0.25));
+    near(&inputs, run(inputs.clone()), single(run(inputs.each_ref().map(narrow))));
+    let (x, y, scale, shift) = (random(37, 48), random(37, 48), random(1, 48), random(1, 48));
+    let angles = |f: fn(f32) -> f32| (0..37 * 8).map(|i| f(i as f32 * 0.37)).collect::<Arc<[f32]>>();
+    let table = Rotary { cos: angles(f32::cos), sin: angles(f32::sin), half: 8, dim: 24 };
+    let one = |inputs: &[Tensor<2>], op: &dyn Fn(Tensor<2>) -> Tensor<2>| {
+        near(inputs, op(inputs[0].clone()), single(op(narrow(&inputs[0]))));
+    };
+    one(&[x.clone(), scale.clone()], &|x| fused_ops::rms_norm(x, scale.clone(), 1e-5));
+    one(std::slice::from_ref(&x), &|x| fused_ops::rotary(x, &table));
+    for kind in [Activation::Silu, Activation::GeluTanh] {
+        one(std::slice::from_ref(&x), &|x| fused_ops::activate(x, kind));
+        let half = single(fused_ops::gated(narrow(&x), narrow(&y), kind));
+        near(&[x.clone(), y.clone()], fused_ops::gated(x.clone(), y.clone(), kind), half);
+    }
+    if under_test().backend == Backend::Flex {
+        one(&[x.clone(), scale.clone(), shift.clone()], &|x| {
+            fused_ops::layer_norm(x, scale.clone(), shift.clone(), 1e-5)
+        });
+    }
+    let (table, targets) = (random(301, 48), Arc::new((0..37).map(|i| i * 8).collect::<Vec<u32>>()));
+    for logits in [Logits::default(), Logits { scale: 0.5, softcap: Some(3.0) }] {
+        let head = |x: Tensor<2>| fused_ops::head(x, table.clone(), &targets, logits).logps.reshape([37, 1]);
+        near(&[x.clone(), table.clone()], head(x.clone()), head(narrow(&x)));
+    }
     let (x, w, a, b) = (random(37, 24), random(41, 24).inner(), random(3, 24), random(41, 3));
     let run =
         |x: Tensor<2>| fused_ops::lora(x, Tensor::from_inner(w.clone()), a.clone(), b.clone(), 4.0 / 3.0);

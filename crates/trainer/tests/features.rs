@@ -223,6 +223,39 @@ fn a_base_model_of_sixteen_bits_is_the_same_model() {
     }
 }
 
+/// All weights in 32 bits, products in 16: the same run but for rounding, and evaluation and answers in it too.
+#[test]
+fn training_in_sixteen_bits_follows_thirty_two() {
+    if !backend::under_test().backend.has_bfloat16() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let run = |dtype: &str, more: &str| {
+        let flags = "--eval-strategy steps --eval-steps 6 --eval-samples 2 --eval-sample-tokens 9 --learning-rate 1e-3";
+        trained(dir.path(), &format!("{flags} --dtype {dtype} --overwrite-output-dir {more}"));
+        (log(dir.path(), "train_log.jsonl"), log(dir.path(), "eval_log.jsonl"), info(dir.path()))
+    };
+    for more in ["", "--loss-type kto"] {
+        let ((wide, wide_eval, _), (narrow, narrow_eval, told)) =
+            (run("float32", more), run("bfloat16", more));
+        assert_eq!(told["dtype"], "bfloat16");
+        let (mut moved, mut apart) = (0.0_f64, 0.0_f64);
+        assert_eq!((wide.len(), wide_eval.len()), (narrow.len(), narrow_eval.len()));
+        let losses = |rows: &[Value], key: &str| -> Vec<f64> {
+            rows.iter().map(|row| row[key].as_f64().unwrap()).collect()
+        };
+        let all =
+            |train: &[Value], eval: &[Value]| [losses(train, "loss"), losses(eval, "eval_loss")].concat();
+        let (wide, narrow) = (all(&wide, &wide_eval), all(&narrow, &narrow_eval));
+        for (a, b) in wide.iter().zip(&narrow) {
+            moved = moved.max((a - wide[0]).abs());
+            apart = apart.max((a - b).abs());
+        }
+        assert_eq!(log(dir.path(), "samples.jsonl").len(), 6, "two answers before, at half and at the end");
+        assert!(apart > 0.0 && apart < 0.1 * moved, "{more}: {apart} apart, moved by {moved}");
+    }
+}
+
 #[test]
 fn one_row_four_times_is_four_rows_once_where_every_row_weighs_the_same() {
     let (one, four) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -253,7 +286,12 @@ fn blocks_computed_again_give_the_same_run_to_the_bit() {
         "",
         "--loss-type kto",
         "--use-peft --lora-target-modules all-linear --lora-dropout 0.2 --disable-dropout False",
+        "--dtype bfloat16",
+        "--dtype bfloat16 --use-peft --lora-target-modules all-linear",
     ] {
+        if flags.contains("bfloat16") && !backend::under_test().backend.has_bfloat16() {
+            continue;
+        }
         let run = |more: &str| {
             trained(dir.path(), &format!("{flags} {more} --overwrite-output-dir"));
             log(dir.path(), "train_log.jsonl")

@@ -104,6 +104,9 @@ fn adapters_kto_and_moving_references_survive_kills_too() {
     survives_kills(&kto.split(' ').collect::<Vec<_>>(), 4);
     let moving = "--sync-ref-model --ref-model-sync-steps 4 --save-steps 5";
     survives_kills(&moving.split(' ').collect::<Vec<_>>(), 4);
+    if backend::under_test().backend.has_bfloat16() {
+        survives_kills(&["--dtype", "bfloat16", "--gradient-checkpointing"], 4);
+    }
 }
 
 #[test]

@@ -11,7 +11,8 @@ use super::panel::{Element, TILE, WIDTH};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
-/// Logits held at a time (8 MiB; more where there are more than 8,192 rows), the one large temporary of the head.
+/// Logits held at a time (about 8 MiB, in 16 bits half as much again; more where there are more than 5,000 rows), the one
+/// large temporary of the head.
 const LOGITS: usize = 2 << 20;
 
 const _: () = assert!((8 * TILE).is_multiple_of(WIDTH), "parts are whole panels");

@@ -94,6 +94,7 @@ fn moments(row: &[f32], eps: f32) -> (f32, f32) {
 
 /// `out = (x - mean) * rstd * w + b`.
 pub fn layer_forward(x: &[f32], w: &[f32], b: &[f32], eps: f32) -> Vec<f32> {
+    assert_eq!(w.len(), b.len(), "a weight and a bias for each feature");
     rows_of(
         x,
         w.len(),

@@ -1,4 +1,4 @@
-//! Products of rows with panels of 32 columns, for weights and caches that are laid out once and read often.
+//! Products of rows with panels of 32 columns.
 //!
 //! A panel holds the values of its columns for one summed index after the other, so that a product streams it and
 //! needs no copy, however few rows there are. Every element of a result is one sum in one order, whatever stands in
