@@ -217,6 +217,15 @@ fn sixteen_bits_are_close_to_thirty_two() {
         let half = single(run(inputs.each_ref().map(narrow)));
         near(&inputs, run(inputs.clone()), half);
     }
+    let (x, w, a, b) = (random(37, 24), random(41, 24).inner(), random(3, 24), random(41, 3));
+    let run =
+        |x: Tensor<2>| fused_ops::lora(x, Tensor::from_inner(w.clone()), a.clone(), b.clone(), 4.0 / 3.0);
+    let half = single(run(narrow(&x)));
+    near(&[x.clone(), a.clone(), b.clone()], run(x), half);
+    // LibTorch's are held to Flex's when a run starts.
+    if under_test().backend != Backend::Flex {
+        return;
+    }
     // Several tasks.
     let mut long = Segments::default();
     long.push_row(0, 300, &[310]);
@@ -237,21 +246,14 @@ fn sixteen_bits_are_close_to_thirty_two() {
         let half = single(fused_ops::gated(narrow(&x), narrow(&y), kind));
         near(&[x.clone(), y.clone()], fused_ops::gated(x.clone(), y.clone(), kind), half);
     }
-    if under_test().backend == Backend::Flex {
-        one(&[x.clone(), scale.clone(), shift.clone()], &|x| {
-            fused_ops::layer_norm(x, scale.clone(), shift.clone(), 1e-5)
-        });
-    }
+    one(&[x.clone(), scale.clone(), shift.clone()], &|x| {
+        fused_ops::layer_norm(x, scale.clone(), shift.clone(), 1e-5)
+    });
     let (table, targets) = (random(301, 48), Arc::new((0..37).map(|i| i * 8).collect::<Vec<u32>>()));
     for logits in [Logits::default(), Logits { scale: 0.5, softcap: Some(3.0) }] {
         let head = |x: Tensor<2>| fused_ops::head(x, table.clone(), &targets, logits).logps.reshape([37, 1]);
         near(&[x.clone(), table.clone()], head(x.clone()), head(narrow(&x)));
     }
-    let (x, w, a, b) = (random(37, 24), random(41, 24).inner(), random(3, 24), random(41, 3));
-    let run =
-        |x: Tensor<2>| fused_ops::lora(x, Tensor::from_inner(w.clone()), a.clone(), b.clone(), 4.0 / 3.0);
-    let half = single(run(narrow(&x)));
-    near(&[x.clone(), a.clone(), b.clone()], run(x), half);
 }
 
 #[test]
