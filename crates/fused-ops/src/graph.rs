@@ -73,6 +73,15 @@ node!(
 node!(Cast<B>, 1, FloatDType, |g, dtype| [B::fused_cast(g, dtype)]);
 node!(Sums<B>, 1, (Arc<Vec<(u32, u32)>>, usize), |g, (plan, values)| [B::sums_backward(g, plan, values)]);
 
+/// Backward passes, which are only called on the inner backend.
+macro_rules! second_order {
+    ($($name:ident($($operand:ty),*) -> $result:ty;)*) => {
+        $(fn $name($(_: $operand),*) -> $result {
+            unreachable!("{SECOND_ORDER}")
+        })*
+    };
+}
+
 /// A tensor of the graph.
 type Tracked<B> = FloatTensor<Autodiff<B>>;
 
@@ -379,81 +388,20 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         (logps, stats, lse_out)
     }
 
-    fn weight_as(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn head_products(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn scaled(_: FloatTensor<Self>, _: f32) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn linear_onto(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn grad_input_onto(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn linear_grad_input(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn linear_grad_weight(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn rms_norm_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: f32,
-    ) -> Two<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn layer_norm_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: f32,
-    ) -> Three<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn gated_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: Activation,
-    ) -> Two<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn activate_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: Activation) -> FloatTensor<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn attention_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: Arc<Segments>,
-        _: Heads,
-        _: Scores,
-    ) -> Three<Self> {
-        unreachable!("{SECOND_ORDER}")
-    }
-    fn head_backward(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: Arc<Vec<u32>>,
-        _: Logits,
-        _: bool,
-    ) -> Two<Self> {
-        unreachable!("{SECOND_ORDER}")
+    second_order! {
+        weight_as(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        head_products(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        scaled(FloatTensor<Self>, f32) -> FloatTensor<Self>;
+        linear_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        grad_input_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        linear_grad_input(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        linear_grad_weight(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        rms_norm_backward(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, f32) -> Two<Self>;
+        layer_norm_backward(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, f32) -> Three<Self>;
+        gated_backward(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, Activation) -> Two<Self>;
+        activate_backward(FloatTensor<Self>, FloatTensor<Self>, Activation) -> FloatTensor<Self>;
+        attention_backward(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, Arc<Segments>, Heads, Scores) -> Three<Self>;
+        head_backward(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, Arc<Vec<u32>>, Logits, bool) -> Two<Self>;
     }
 }
 
