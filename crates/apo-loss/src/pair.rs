@@ -58,7 +58,7 @@ fn smoothed(delta: Tensor<1>, smoothing: f64) -> Tensor<1> {
 ///
 /// `chosen_tokens` is the number of scored tokens of all chosen completions; the mean over pairs of
 /// what this returns is the token mean, as in TRL.
-pub fn sft(chosen_logps: Tensor<1>, chosen_tokens: usize) -> Tensor<1> {
+pub fn sft(chosen_logps: Tensor<1>, chosen_tokens: f64) -> Tensor<1> {
     let pairs = chosen_logps.dims()[0];
-    chosen_logps * -(pairs as f64 / chosen_tokens.max(1) as f64)
+    chosen_logps * -(pairs as f64 / chosen_tokens.max(1.0))
 }

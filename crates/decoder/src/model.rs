@@ -114,6 +114,16 @@ impl Decoder {
         self.dropout = (rate > 0.0).then_some(Dropout { rate, seed });
     }
 
+    /// The same model, its weights shared, for part `part` of a micro-batch: each part drops other elements.
+    #[must_use]
+    pub fn for_part(&self, part: usize) -> Self {
+        let mut model = self.clone();
+        if let Some(dropout) = &mut model.dropout {
+            dropout.seed = dropout.seed.wrapping_add(part as u64);
+        }
+        model
+    }
+
     /// The same model with matrix products, attention and activations in another data type: `BF16` where the
     /// backend has it. Weights, the residual stream, norms, softmax and losses stay `f32`.
     #[must_use]

@@ -23,6 +23,7 @@ mod memory;
 mod metrics;
 mod optimizer;
 mod output;
+mod packing;
 pub mod peft_args;
 mod plan;
 mod policy;

@@ -28,8 +28,8 @@ pub struct LossSettings {
 pub struct Winners {
     /// Their log-probabilities, `[pairs]`.
     pub logps: Tensor<1>,
-    /// Their scored tokens, all together.
-    pub tokens: usize,
+    /// Scored tokens that their loss is averaged over.
+    pub tokens: f64,
 }
 
 impl LossSettings {
@@ -50,6 +50,11 @@ impl LossSettings {
     /// The loss needs mismatched completions (KTO's estimate of the divergence).
     pub fn needs_mismatched(&self) -> bool {
         self.loss_type == [LossType::Kto]
+    }
+
+    /// A pair's loss depends on the other pairs of its micro-batch.
+    pub fn compares_pairs(&self) -> bool {
+        self.loss_type.iter().any(|loss| matches!(loss, LossType::Aot | LossType::AotUnpaired))
     }
 
     /// Mean loss of single completions, `[1]`; `kl` is `[1]`.

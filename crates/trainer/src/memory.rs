@@ -29,6 +29,10 @@ const THRESHOLDS: usize = 256 << 20;
 /// Part of what it can hold that a run takes when it is given no limit.
 const SHARE: f64 = 0.92;
 
+/// Part of a run's operations that may be done again for less memory when it is given no limit: the largest
+/// micro-batches of a run are rare.
+const AGAIN: f64 = 0.01;
+
 /// Expected memory in bytes, for the largest micro-batch.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MemoryPlan {
@@ -121,18 +125,36 @@ impl Cost {
         let fits = |&again: &usize| limit.is_none_or(|limit| self.peak(tokens, again) <= limit);
         if self.all { self.blocks } else { (0..self.blocks).find(fits).unwrap_or(self.blocks) }
     }
+
+    /// The least memory that [`AGAIN`] can buy: blocks are computed again in the largest of `parts`, and in the others
+    /// so that they need no more. A block's forward pass is a third of what a step computes of it, or half of it where
+    /// it is not trained.
+    fn cheap_limit(&self, parts: &[usize], passes: usize) -> Option<usize> {
+        let most = parts.iter().copied().max().unwrap_or(0);
+        let all = (passes * self.blocks * parts.iter().sum::<usize>()) as f64;
+        let again =
+            |limit| parts.iter().map(|&tokens| tokens * self.again(tokens, Some(limit))).sum::<usize>();
+        let limits = (0..=self.blocks).map(|again| self.peak(most, again));
+        limits.take_while(|&limit| again(limit) as f64 <= AGAIN * all).min()
+    }
 }
 
 impl MemoryPlan {
-    /// For micro-batches of at most `tokens` packed tokens. `most` is what the device can hold.
-    pub fn new(settings: &Settings, model: &Decoder, tokens: usize, most: Option<usize>) -> Self {
+    /// For parts of micro-batches of so many packed tokens. `most` is what the device can hold.
+    pub fn new(settings: &Settings, model: &Decoder, parts: &[usize], most: Option<usize>) -> Self {
         let bytes = |weights: &[Weight]| weights.iter().map(Weight::bytes).sum::<usize>();
         let (all, gradients) = (bytes(model.weights()), bytes(model.trained()));
         let adapter = if model.lora().is_some() { gradients } else { 0 };
         let second = if settings.live_reference && model.lora().is_none() { all } else { 0 };
         let (weights, optimizer) = (all + adapter + second, settings.optim.states() * gradients);
         let cost = Cost::new(settings, model, weights + optimizer + PROGRAM, gradients);
-        let limit = settings.memory_limit.or(most.map(|most| (most as f64 * SHARE) as usize));
+        let tokens = parts.iter().copied().max().unwrap_or(0);
+        let cheap = || {
+            let passes = if model.lora().is_some() { 2 } else { 3 };
+            settings.backend.is_on_host().then(|| cost.cheap_limit(parts, passes)).flatten()
+        };
+        let can = most.map(|most| (most as f64 * SHARE) as usize);
+        let limit = settings.memory_limit.or_else(|| can.into_iter().chain(cheap()).min());
         let recomputed_blocks = cost.again(tokens, limit);
         Self {
             weights,

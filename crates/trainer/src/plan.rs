@@ -2,6 +2,7 @@
 
 use pref_data::{Batches, Bound, Dataset};
 
+use crate::packing::parts;
 use crate::settings::{Every, Settings};
 
 /// Steps of the run and the rows of each.
@@ -75,9 +76,17 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Packed tokens of the largest micro-batch of the first epoch.
-    pub fn most_tokens(&self) -> usize {
-        let tokens = |batch: &[u32]| batch.iter().map(|&row| self.rows.lengths(row as usize).packed()).sum();
-        self.epoch(0).iter().map(tokens).max().unwrap_or(0)
+    /// Packed tokens that are computed together, of all parts of the micro-batches of the first epoch.
+    pub fn part_tokens(&self) -> Vec<usize> {
+        let bound = self.settings.scoring().part;
+        let of_batch = |batch: &[u32]| {
+            let tokens: Vec<usize> =
+                batch.iter().map(|&row| self.rows.lengths(row as usize).packed()).collect();
+            parts(tokens.iter().copied(), bound)
+                .into_iter()
+                .map(|part| tokens[part].iter().sum())
+                .collect::<Vec<_>>()
+        };
+        self.epoch(0).iter().flat_map(of_batch).collect()
     }
 }

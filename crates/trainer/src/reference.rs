@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use decoder::Decoder;
 use pref_data::{Batches, Dataset, default_cache_dir, write_atomic};
 
-use crate::step::{Micro, RefLogps, Scoring, to_host};
+use crate::packing::Scoring;
+use crate::step::{Micro, RefLogps, to_host};
 
 /// Time between savings of an unfinished pass.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
@@ -94,7 +95,7 @@ mod tests {
         let model = Decoder::load(&model_dir, &Device::flex()).unwrap();
         let batches = Batches::new(&|_| 1, rows.len(), Order::Sequential, Bound::Rows(4), 0, 0);
         let cache = dir.path().join("x.logps");
-        let scoring = Scoring { ld_alpha: None, mismatched: None };
+        let scoring = Scoring { ld_alpha: None, mismatched: None, part: usize::MAX };
         let whole = compute(&model, &rows, &batches, scoring, &cache, |_| {});
         // Marked values show that what is there is not computed again.
         let mut half = vec![[f32::NAN; 2]; rows.len()];

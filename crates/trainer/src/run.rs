@@ -71,9 +71,10 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     let precision = settings.precision;
     let base = Decoder::load_as(&model_dir, &device, precision.frozen())?.computing_in(precision.compute());
     check_fit(settings, &base, &data)?;
+    let parts = plan.part_tokens();
+    let most_tokens = parts.iter().copied().max().unwrap_or(0);
     let widest = base.config().intermediate.max(base.config().heads.query * base.config().heads.dim);
-    opened
-        .check_tensor("an activation of the largest micro-batch", 4 * (plan.most_tokens() * widest) as u64)?;
+    opened.check_tensor("an activation of the largest micro-batch", 4 * (most_tokens * widest) as u64)?;
     let reference = Reference::load(settings, reference_dir.as_deref(), &model_dir, &base, &device)?;
     let data_hash = data.train.hash();
     let mut fingerprint = checkpoint::fingerprint(settings, plan.total, &reference.hash, &data_hash);
@@ -95,7 +96,7 @@ pub fn run(settings: &Settings, inspect_rows: Option<usize>) -> Result<Outcome> 
     } else {
         opened.memory().map(|(_, all)| all as usize).filter(|&all| all > 0)
     };
-    let memory = MemoryPlan::new(settings, &model, plan.most_tokens(), most);
+    let memory = MemoryPlan::new(settings, &model, &parts, most);
     for line in preflight::lines(settings, &report, &memory, plan.total) {
         say(&line);
     }

@@ -11,11 +11,11 @@ use crate::data::DataSettings;
 use crate::loss::LossSettings;
 use crate::metrics;
 use crate::optimizer::Rule;
+use crate::packing::Scoring;
 use crate::peft_args::PeftSettings;
 use crate::precision::Precision;
 use crate::rules;
 use crate::schedule::Schedule;
-use crate::step::Scoring;
 
 /// How often something happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -318,10 +318,26 @@ impl Settings {
         matches!(self.save, Every::Steps(_))
     }
 
-    /// What is summed for each row.
+    /// How rows are computed and what is summed for each.
     pub fn scoring(&self) -> Scoring {
-        let batch = self.per_device_train_batch_size.filter(|_| self.loss.needs_mismatched());
-        Scoring { ld_alpha: self.loss.ld_alpha, mismatched: batch }
+        let mismatched = self.per_device_train_batch_size.filter(|_| self.loss.needs_mismatched());
+        Scoring { ld_alpha: self.loss.ld_alpha, mismatched, part: self.part() }
+    }
+
+    /// Packed tokens that are computed together at most. Parts need less memory and are as fast as long as each keeps
+    /// the device busy; but gradients of all weights that are kept from one part to the next would take as much as
+    /// the parts save.
+    fn part(&self) -> usize {
+        match &self.peft {
+            Some(_) if !self.loss.compares_pairs() => {
+                if self.backend.is_on_host() {
+                    2048
+                } else {
+                    16384
+                }
+            }
+            _ => usize::MAX,
+        }
     }
 }
 

@@ -1,16 +1,18 @@
 //! One micro-batch: packed rows in, loss, metrics and gradients out.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use apo_loss::{LabelledLogps, PairLogps, kl_estimate, length_desensitized, pair_weights};
+use apo_loss::{LabelledLogps, PairLogps, kl_estimate, pair_weights};
 use burn::tensor::{Tensor, TensorData, Transaction};
-use decoder::{Batch, Decoder, Recompute, TokenScores};
-use fused_ops::{HeadOutput, sum_into, upload};
+use decoder::{Decoder, Recompute, TokenScores, add_gradient};
+use fused_ops::{sum_into, upload};
 use pref_data::{Dataset, Packed, PairTokens, Side, kl_rows};
 use tracing::trace_span;
 
 use crate::loss::{LossSettings, Winners};
 use crate::metrics::{self, Metrics, PairValues, RowValues};
+use crate::packing::{Packing, Scored, Scoring, parts};
 
 /// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
 /// mismatched one.
@@ -19,101 +21,24 @@ pub type RefLogps = [f32; 2];
 /// The same of the rows of a micro-batch on the device, `[rows]` each.
 pub type RefTensors = [Tensor<1>; 2];
 
-/// What is summed for each row, apart from the tokens themselves.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scoring {
-    /// Weight of tokens beyond the shorter completion.
-    pub ld_alpha: Option<f64>,
-    /// Completions are mismatched within batches of this many rows.
-    pub mismatched: Option<usize>,
-}
-
-impl Scoring {
-    /// Names what reference values depend on.
-    pub fn key(&self) -> String {
-        match self {
-            Self { ld_alpha: None, mismatched: None } => String::new(),
-            other => format!("{other:?}"),
-        }
-    }
-}
-
 /// How gradients are computed.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Backward {
+#[derive(Clone, Copy)]
+pub struct Backward<'a> {
     /// Factor of the loss.
     pub scale: f64,
-    /// So many blocks are computed again instead of kept.
-    pub recompute: usize,
+    /// Says how many blocks are computed again, instead of kept, for so many tokens.
+    pub again: &'a dyn Fn(usize) -> usize,
 }
 
-/// Packed sequences and how their tokens are summed.
-struct Packing {
-    packed: Packed,
-    batch: Batch,
-    sums: Arc<Vec<(u32, u32)>>,
-    ld_alpha: Option<f64>,
-}
-
-/// Log-probabilities of the rows, on the device: `[rows]` twice, and of each token.
-struct Scored {
-    chosen: Tensor<1>,
-    rejected: Tensor<1>,
-    /// Of the chosen completions with every token counted in full.
-    whole_chosen: Tensor<1>,
-    tokens: Tensor<1>,
-    stats: Tensor<2>,
-    recompute: Option<Recompute>,
-}
-
-impl Packing {
-    fn new(packed: Packed, ld_alpha: Option<f64>) -> Self {
-        let rows = packed.rows.iter().map(|row| (row.start, row.shared, row.tails));
-        let batch =
-            Batch::packed(&packed.tokens, &packed.positions, rows, &packed.predictors, &packed.targets);
-        let sums = if ld_alpha.is_some() { packed.sums_with_tails() } else { packed.sums() };
-        Self { sums: Arc::new(sums), packed, batch, ld_alpha }
-    }
-
-    fn score(&self, model: &Decoder) -> Scored {
-        self.sum(trace_span!("forward").in_scope(|| model.score(&self.batch)), None)
-    }
-
-    /// The same, keeping only the inputs of the first blocks for the backward pass.
-    fn score_recomputing(&self, model: &Decoder, blocks: usize) -> Scored {
-        let (out, kept) = trace_span!("forward").in_scope(|| model.score_recomputing(&self.batch, blocks));
-        self.sum(out, Some(kept))
-    }
-
-    fn sum(&self, out: HeadOutput, recompute: Option<Recompute>) -> Scored {
-        let rows = self.packed.rows.len();
-        let (sums, whole) = match self.ld_alpha {
-            None => {
-                let sums = sum_into(out.logps.clone(), &self.sums, 2 * rows);
-                (sums.clone(), sums)
-            }
-            Some(alpha) => {
-                let sums = sum_into(out.logps.clone(), &self.sums, 4 * rows);
-                let beyond = sums.clone().narrow(0, 2 * rows, 2 * rows);
-                let common = sums.narrow(0, 0, 2 * rows);
-                let whole = common.clone() + beyond.clone();
-                (length_desensitized(common, beyond, alpha), whole)
-            }
-        };
-        Scored {
-            chosen: sums.clone().narrow(0, 0, rows),
-            rejected: sums.narrow(0, rows, rows),
-            whole_chosen: whole.narrow(0, 0, rows),
-            tokens: out.logps.inner(),
-            stats: out.stats,
-            recompute,
-        }
-    }
+/// Rows that are computed together.
+struct Part {
+    rows: Range<usize>,
+    packing: Packing,
 }
 
 /// A micro-batch ready for the model.
 pub struct Micro {
-    own: Packing,
+    parts: Vec<Part>,
     mismatched: Option<Packing>,
     /// Tokens of both completions of each pair.
     lengths: Vec<[usize; 2]>,
@@ -121,54 +46,65 @@ pub struct Micro {
     labels: Vec<bool>,
 }
 
+/// Losses of one part with its log-probabilities, `[rows]` each.
+type Losses = (Tensor<1>, Vec<Tensor<1>>);
+
 impl Micro {
     /// Packs rows of a data set in the given order.
     pub fn new(data: &Dataset, rows: &[u32], scoring: Scoring) -> Self {
         let prepared: Vec<_> = rows.iter().map(|&row| data.row(row as usize)).collect();
-        let tokens = || prepared.iter().map(|row| &row.tokens);
         let completions =
             |pair: &PairTokens| [pair.chosen.len() - pair.context[0], pair.rejected.len() - pair.context[1]];
-        let lengths = tokens().map(completions).collect();
+        let lengths = prepared.iter().map(|row| completions(&row.tokens)).collect();
         let unpaired = data.is_unpaired();
-        let packed = if unpaired { Packed::unpaired(tokens()) } else { Packed::new(tokens()) };
+        let packed = |of: Range<usize>| {
+            let tokens = prepared[of].iter().map(|row| &row.tokens);
+            if unpaired { Packed::unpaired(tokens) } else { Packed::new(tokens) }
+        };
+        let sizes = rows.iter().map(|&row| data.lengths(row as usize).packed());
+        let part =
+            |rows: Range<usize>| Part { packing: Packing::new(packed(rows.clone()), scoring.ld_alpha), rows };
+        let parts = parts(sizes, scoring.part).into_iter().map(part).collect();
         let mismatched = scoring.mismatched.map(|batch| {
             let sequences = rows.iter().map(|&row| mismatched(data, row as usize, batch));
             Packing::new(Packed::unpaired(&sequences.collect::<Vec<_>>()), None)
         });
         let labels = if unpaired { prepared.iter().map(|row| row.label).collect() } else { Vec::new() };
-        Self { own: Packing::new(packed, scoring.ld_alpha), mismatched, lengths, labels }
+        Self { parts, mismatched, lengths, labels }
     }
 
-    /// Tokens of the rows that have a gradient, shared ones once.
-    pub fn own_tokens(&self) -> usize {
-        self.own.packed.tokens.len()
+    fn packings(&self) -> impl Iterator<Item = &Packing> {
+        self.parts.iter().map(|part| &part.packing)
     }
 
     /// Tokens the model computes, shared ones once.
     pub fn computed_tokens(&self) -> usize {
-        let mismatched = self.mismatched.as_ref().map_or(0, |packing| packing.packed.tokens.len());
-        self.own.packed.tokens.len() + mismatched
+        self.packings().chain(&self.mismatched).map(|packing| packing.packed.tokens.len()).sum()
     }
 
     /// Floating-point operations of its training step, at least; see [`Decoder::flops`].
     pub fn flops(&self, model: &Decoder) -> u64 {
         let mismatched = self.mismatched.as_ref().map_or(0, |packing| model.flops(&packing.batch, false));
-        model.flops(&self.own.batch, true) + mismatched
+        mismatched + self.packings().map(|packing| model.flops(&packing.batch, true)).sum::<u64>()
     }
 
     /// Tokens of all sequences, as TRL counts them.
     pub fn num_tokens(&self) -> usize {
-        self.own.packed.num_tokens
+        self.packings().map(|packing| packing.packed.num_tokens).sum()
     }
 
     /// Log-probabilities of each row under a model without autodiff.
     pub fn logps(&self, model: &Decoder) -> RefTensors {
-        let scored = self.own.score(model);
+        let (chosen, rejected): (Vec<_>, Vec<_>) = self
+            .packings()
+            .map(|packing| packing.score(model))
+            .map(|scored| (scored.chosen, scored.rejected))
+            .unzip();
         let second = match &self.mismatched {
             Some(packing) => packing.score(model).chosen,
-            None => scored.rejected,
+            None => joined(rejected),
         };
-        [scored.chosen, second]
+        [joined(chosen), second]
     }
 
     /// Loss and metrics; with a tracked model also the gradients, one a trained weight. Nothing is read back from
@@ -178,92 +114,121 @@ impl Micro {
         model: &Decoder,
         loss: &LossSettings,
         reference: RefTensors,
-        backward: Option<Backward>,
+        backward: Option<Backward<'_>>,
     ) -> (Pending, Vec<Option<Tensor<2>>>) {
         // Without gradient and before the graph of the other rows exists.
         let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
-        let scored = match backward {
-            Some(Backward { recompute: blocks @ 1.., .. }) => self.own.score_recomputing(model, blocks),
-            _ => self.own.score(model),
+        let kl = match mismatched {
+            Some(logps) => kl_estimate(logps, reference[1].clone()),
+            None => Tensor::zeros([1], &reference[0].device()),
         };
-        if self.labels.is_empty() {
-            self.pairs(model, loss, reference, backward, scored)
-        } else {
-            self.rows(model, loss, reference, backward, scored, mismatched)
+        let mut totals: Vec<Option<Tensor<2>>> = Vec::new();
+        let mut values: Vec<Vec<Tensor<1>>> = Vec::new();
+        for (i, part) in self.parts.iter().enumerate() {
+            let model = model.for_part(i);
+            let (of_part, gradients) =
+                self.part(part, &model, loss, [&reference[0], &reference[1], &kl], backward);
+            values.resize_with(of_part.len(), Vec::new);
+            values.iter_mut().zip(of_part).for_each(|(all, new)| all.push(new));
+            totals.resize_with(gradients.len(), || None);
+            totals.iter_mut().zip(gradients).for_each(|(total, new)| add_gradient(total, new));
         }
+        let mut values = values.into_iter();
+        let loss_value = values.next().into_iter().flatten().reduce(|a, b| a + b);
+        let constants = if self.labels.is_empty() { reference } else { [reference[0].clone(), kl] };
+        let tensors = loss_value.into_iter().chain(values.map(joined)).chain(constants).collect();
+        let pending = Pending { tensors, sides: self.sides(), labels: self.labels.clone(), beta: loss.beta };
+        (pending, totals)
     }
 
-    fn pairs(
+    /// One part: its share of the loss, values of each token, log-probabilities of each row; and gradients. `constants`
+    /// are the reference's log-probabilities of all rows and the divergence.
+    fn part(
         &self,
+        part: &Part,
         model: &Decoder,
         loss: &LossSettings,
-        reference: RefTensors,
-        backward: Option<Backward>,
-        scored: Scored,
-    ) -> (Pending, Vec<Option<Tensor<2>>>) {
-        let packed = &self.own.packed;
-        let weights = loss.use_weighting.then(|| self.pair_weights(&scored));
-        let tokens = [scored.tokens, flat(scored.stats)];
-        let [ref_chosen, ref_rejected] = reference.clone().map(|tensor| alongside(tensor, &scored.chosen));
-        let pairs = PairLogps { chosen: scored.chosen, rejected: scored.rejected, ref_chosen, ref_rejected };
-        let winners = Winners {
-            logps: scored.whole_chosen,
-            tokens: packed.completion_tokens().iter().map(|count| count[0]).sum(),
+        constants: [&Tensor<1>; 3],
+        backward: Option<Backward<'_>>,
+    ) -> (Vec<Tensor<1>>, Vec<Option<Tensor<2>>>) {
+        let packing = &part.packing;
+        let again = backward.map_or(0, |backward| (backward.again)(packing.packed.tokens.len()));
+        let mut scored =
+            if again > 0 { packing.score_recomputing(model, again) } else { packing.score(model) };
+        let recompute = scored.recompute.take();
+        let values = [scored.tokens.clone(), flat(scored.stats.clone())];
+        let constant = |i: usize| {
+            let of_rows = constants[i].clone().narrow(0, part.rows.start, part.rows.len());
+            alongside(of_rows, &scored.chosen)
         };
-        let mean = loss.total(&pairs, &self.lengths, &winners, weights.as_ref());
-        let gradients = gradients(model, &mean, backward, scored.recompute);
-        let values = [mean.inner(), pairs.chosen.inner(), pairs.rejected.inner()];
-        let tensors = values.into_iter().chain(reference).chain(tokens).collect();
-        (Pending { tensors, sides: packed.sides.clone(), labels: Vec::new(), beta: loss.beta }, gradients)
+        let (mean, logps) = if self.labels.is_empty() {
+            self.pairs(part, loss, [constant(0), constant(1)], scored)
+        } else {
+            let kl = alongside(constants[2].clone(), &scored.chosen);
+            self.rows(part, loss, constant(0), kl, scored)
+        };
+        let mean = if self.parts.len() > 1 { mean * self.share(part) } else { mean };
+        let gradients = gradients(model, &mean, backward, recompute);
+        (std::iter::once(mean.inner()).chain(values).chain(logps).collect(), gradients)
     }
 
-    /// WPO's weight of each pair, without gradient.
-    fn pair_weights(&self, scored: &Scored) -> Tensor<1> {
-        let packed = &self.own.packed;
-        let (n, rows) = (packed.predictors.len(), packed.rows.len());
-        let squares = scored.stats.clone().narrow(1, 3, 1).reshape([n]);
-        let sums = sum_into(scored.tokens.clone() - squares, &Arc::new(packed.sums()), 2 * rows);
-        let counts = packed.completion_tokens();
-        let count = |side: usize| counts.iter().map(move |count| count[side].max(1) as f32);
-        let counts = upload(count(0).chain(count(1)).collect(), [2 * rows], &scored.stats);
-        let means = sums / counts;
-        let weights = pair_weights(means.clone().narrow(0, 0, rows), means.narrow(0, rows, rows));
-        alongside(weights, &scored.chosen)
+    /// Share of the rows.
+    fn share(&self, part: &Part) -> f64 {
+        part.rows.len() as f64 / self.lengths.len() as f64
+    }
+
+    fn pairs(&self, part: &Part, loss: &LossSettings, reference: RefTensors, scored: Scored) -> Losses {
+        let weights = loss.use_weighting.then(|| pair_weights_of(&part.packing.packed, &scored));
+        let [ref_chosen, ref_rejected] = reference;
+        let pairs = PairLogps { chosen: scored.chosen, rejected: scored.rejected, ref_chosen, ref_rejected };
+        let tokens: usize = self.packings().map(|packing| packing.chosen_tokens()).sum();
+        let winners = Winners { logps: scored.whole_chosen, tokens: tokens as f64 * self.share(part) };
+        let mean = loss.total(&pairs, &self.lengths[part.rows.clone()], &winners, weights.as_ref());
+        (mean, vec![pairs.chosen.inner(), pairs.rejected.inner()])
     }
 
     fn rows(
         &self,
-        model: &Decoder,
+        part: &Part,
         loss: &LossSettings,
-        reference: RefTensors,
-        backward: Option<Backward>,
+        ref_logps: Tensor<1>,
+        kl: Tensor<1>,
         scored: Scored,
-        mismatched: Option<Tensor<1>>,
-    ) -> (Pending, Vec<Option<Tensor<2>>>) {
-        let labels = self.labels.iter().map(|&label| f32::from(u8::from(label))).collect();
-        let labels = upload(labels, [self.labels.len()], &scored.stats);
-        let rows = LabelledLogps {
-            ref_logps: alongside(reference[0].clone(), &scored.chosen),
-            labels: alongside(labels, &scored.chosen),
-            logps: scored.chosen,
-        };
-        let kl = match mismatched {
-            Some(logps) => kl_estimate(logps, reference[1].clone()),
-            None => Tensor::zeros([1], &scored.stats.device()),
-        };
-        let mean = loss.unpaired(&rows, alongside(kl.clone(), &rows.logps));
-        let gradients = gradients(model, &mean, backward, scored.recompute);
-        let [of_reference, _] = reference;
-        let tokens = [scored.tokens, flat(scored.stats)];
-        let values = [mean.inner(), rows.logps.inner(), kl, of_reference];
-        let tensors = values.into_iter().chain(tokens).collect();
-        let (sides, labels) = (self.own.packed.sides.clone(), self.labels.clone());
-        (Pending { tensors, sides, labels, beta: loss.beta }, gradients)
+    ) -> Losses {
+        let labels = &self.labels[part.rows.clone()];
+        let values = labels.iter().map(|&label| f32::from(u8::from(label))).collect();
+        let labels = alongside(upload(values, [labels.len()], &scored.stats), &scored.chosen);
+        let rows = LabelledLogps { ref_logps, labels, logps: scored.chosen };
+        (loss.unpaired(&rows, kl), vec![rows.logps.inner()])
     }
+
+    /// Whose the scored tokens are.
+    fn sides(&self) -> Vec<Side> {
+        let sides = |part: &Part| {
+            let of_row = |side: &Side| Side { pair: part.rows.start as u32 + side.pair, ..*side };
+            part.packing.packed.sides.iter().map(of_row).collect::<Vec<_>>()
+        };
+        self.parts.iter().flat_map(sides).collect()
+    }
+}
+
+/// WPO's weight of each pair, without gradient.
+fn pair_weights_of(packed: &Packed, scored: &Scored) -> Tensor<1> {
+    let (n, rows) = (packed.predictors.len(), packed.rows.len());
+    let squares = scored.stats.clone().narrow(1, 3, 1).reshape([n]);
+    let sums = sum_into(scored.tokens.clone() - squares, &Arc::new(packed.sums()), 2 * rows);
+    let counts = packed.completion_tokens();
+    let count = |side: usize| counts.iter().map(move |count| count[side].max(1) as f32);
+    let counts = upload(count(0).chain(count(1)).collect(), [2 * rows], &scored.stats);
+    let means = sums / counts;
+    let weights = pair_weights(means.clone().narrow(0, 0, rows), means.narrow(0, rows, rows));
+    alongside(weights, &scored.chosen)
 }
 
 /// Metrics of a micro-batch that are still on the device.
 pub struct Pending {
+    /// The loss, values of each token, log-probabilities of each row, then the reference's of pairs, or the reference's
+    /// and the divergence.
     tensors: Vec<Tensor<1>>,
     sides: Vec<Side>,
     labels: Vec<bool>,
@@ -273,17 +238,16 @@ pub struct Pending {
 impl Pending {
     fn metrics(self, mut values: impl Iterator<Item = Vec<f32>>) -> Metrics {
         let mut next = || values.next().unwrap_or_default();
-        let loss = next().first().map_or(f64::NAN, |&loss| f64::from(loss));
+        let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |&value| f64::from(value));
+        let loss = first(next());
+        let tokens = TokenScores::new(next(), &next());
         if self.labels.is_empty() {
             let (chosen, rejected, ref_chosen, ref_rejected) = (next(), next(), next(), next());
             let reference = ref_chosen.into_iter().zip(ref_rejected).map(|(a, b)| [a, b]).collect();
-            let tokens = TokenScores::new(next(), &next());
             let values = PairValues { loss, chosen, rejected, reference };
             return metrics::of_pairs(&values, &tokens, &self.sides, self.beta);
         }
-        let (logps, kl, reference) = (next(), next(), next());
-        let kl = kl.first().map_or(f64::NAN, |&kl| f64::from(kl));
-        let tokens = TokenScores::new(next(), &next());
+        let (logps, reference, kl) = (next(), next(), first(next()));
         let values = RowValues { loss, kl, logps, reference, labels: self.labels };
         metrics::of_rows(&values, &tokens, &self.sides, self.beta)
     }
@@ -327,7 +291,7 @@ fn mismatched(data: &Dataset, row: usize, batch: usize) -> PairTokens {
 fn gradients(
     model: &Decoder,
     mean: &Tensor<1>,
-    backward: Option<Backward>,
+    backward: Option<Backward<'_>>,
     recompute: Option<Recompute>,
 ) -> Vec<Option<Tensor<2>>> {
     let _span = trace_span!("backward").entered();
@@ -339,6 +303,11 @@ fn alongside(tensor: Tensor<1>, like: &Tensor<1>) -> Tensor<1> {
     if like.device().is_autodiff() { Tensor::from_inner(tensor) } else { tensor }
 }
 
+/// Parts one after the other.
+fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }
+}
+
 fn flat(tensor: Tensor<2>) -> Tensor<1> {
     let [rows, cols] = tensor.dims();
     tensor.reshape([rows * cols])
@@ -346,4 +315,74 @@ fn flat(tensor: Tensor<2>) -> Tensor<1> {
 
 fn floats(data: TensorData) -> Vec<f32> {
     data.try_into_vec_as::<f32>().expect("a float tensor converts to f32")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+    use pref_data::{Source, Tokenizer, tokenize};
+
+    use super::*;
+    use crate::loss_args::LossArgs;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        loss: LossArgs,
+    }
+
+    /// Metrics and gradients of the first rows of a data set, computed in parts of at most so many tokens.
+    fn run(data: &Dataset, model: &Decoder, flags: &str, part: usize) -> (Metrics, Vec<Vec<f32>>, usize) {
+        let line = format!("x {flags}");
+        let loss = Line::parse_from(line.split_whitespace()).loss.settings().unwrap();
+        let mismatched = loss.needs_mismatched().then_some(8);
+        let micro = Micro::new(
+            data,
+            &[0, 1, 2, 3, 4, 5, 6, 7],
+            Scoring { ld_alpha: loss.ld_alpha, mismatched, part },
+        );
+        let reference = micro.logps(&model.frozen()).map(|logps| logps.sub_scalar(1.5));
+        let backward = Backward { scale: 0.5, again: &|tokens| usize::from(tokens > 250) };
+        let (pending, gradients) = micro.run(model, &loss, reference, Some(backward));
+        let gradients = gradients.into_iter().map(|g| g.map_or(Vec::new(), |g| floats(g.into_data())));
+        let gradients = gradients.collect();
+        (read(vec![pending], Vec::new()).0.remove(0), gradients, micro.parts.len())
+    }
+
+    #[test]
+    fn parts_have_the_losses_metrics_and_gradients_of_the_whole() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+        let dir = tempfile::tempdir().unwrap();
+        let model_dir = fixtures.join("models/tiny-qwen2");
+        let tokenizer = Tokenizer::load(&model_dir, None, jiff::civil::DateTime::MIN).unwrap();
+        let data = |name: &str, unpaired: bool| {
+            let files = vec![fixtures.join("data").join(name).join("train.jsonl")];
+            let source = Source { files, unpaired, ..Source::default() };
+            Dataset::whole(tokenize(&source, &tokenizer, dir.path(), &|_| {}).unwrap().set, None)
+        };
+        let (pairs, rows) = (data("clair_mini", false), data("clair_mini", true));
+        let model = Decoder::load(&model_dir, &backend::under_test().device).unwrap().tracked();
+        for (data, flags) in [
+            (&pairs, "--loss-type apo_zero"),
+            (&pairs, "--loss-type apo_down sft --loss-weights 1 0.3"),
+            (&pairs, "--loss-type sigmoid --ld-alpha 0.5 --use-weighting"),
+            (&pairs, "--loss-type sigmoid_norm"),
+            (&rows, "--loss-type kto"),
+            (&rows, "--loss-type apo_zero_unpaired"),
+        ] {
+            let (whole, of_whole, one) = run(data, &model, flags, usize::MAX);
+            let (parts, of_parts, many) = run(data, &model, flags, 400);
+            assert!(one == 1 && (2..8).contains(&many), "{many} parts");
+            for ((name, a), (_, b)) in whole.iter().zip(&parts) {
+                assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{flags}: {name} is {b}, not {a}");
+            }
+            for (a, b) in of_whole.iter().zip(&of_parts) {
+                let top = a.iter().fold(0.0_f32, |top, x| top.max(x.abs()));
+                let apart = a.iter().zip(b).fold(0.0_f32, |apart, (a, b)| apart.max((a - b).abs()));
+                assert!(a.len() == b.len() && apart <= 1e-5 * top.max(1e-3), "{flags}: {apart} of {top}");
+            }
+        }
+    }
 }

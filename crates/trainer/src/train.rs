@@ -154,8 +154,7 @@ impl Training<'_> {
             let micro = Micro::new(&self.data.train, rows, self.settings.scoring());
             let reference = self.references.of(Split::Train, rows, &micro, &self.model);
             self.model.set_dropout(dropout_seed(self.settings.seed, self.state.step, i));
-            let recompute = self.memory.again(micro.own_tokens());
-            let backward = Backward { scale, recompute };
+            let backward = Backward { scale, again: &|tokens| self.memory.again(tokens) };
             let (metrics, gradients) = micro.run(&self.model, &self.settings.loss, reference, Some(backward));
             trace_span!("accumulate").in_scope(|| self.optimizer.accumulate(gradients));
             pending.push(metrics);
