@@ -1,7 +1,7 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of a model, with PEFT's definitions.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use fused_ops::{linear, lora, row_norms, upload};
+use fused_ops::{linear, linear_unused, lora, lora_unused, row_norms, upload};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use safetensors::Dtype;
 
 use crate::Decoder;
 use crate::layout::Role;
-use crate::model::{Weight, as_type, single, to_vec};
+use crate::model::{Uses, Weight, as_type, single, to_vec};
 
 /// Which projections are adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -220,9 +220,16 @@ impl Lora {
         weight: Tensor<2>,
         index: usize,
         dropout: Option<Dropout>,
+        uses: Uses,
     ) -> Tensor<2> {
-        let Some(adapter) = self.adapters[index] else { return linear(x, weight) };
+        let Some(adapter) = self.adapters[index] else {
+            return if uses == Uses::Gradient { linear_unused(x, weight) } else { linear(x, weight) };
+        };
         let (a, b) = (self.tensor(adapter.a), self.tensor(adapter.b));
+        // The gradient of a magnitude takes what it scales.
+        if uses == Uses::Gradient && dropout.is_none() && adapter.magnitude.is_none() {
+            return lora_unused(x, weight, a, b, adapter.scale as f32);
+        }
         let Some(dropout) = dropout else {
             let out = lora(x, weight.clone(), a, b, adapter.scale as f32);
             return match self.factor(adapter, &weight, out.dtype()) {

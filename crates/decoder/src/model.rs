@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Tensor, activation};
 use fused_ops::{
-    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary,
-    select,
+    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, linear_unused,
+    rms_norm, rotary, select,
 };
 use safetensors::Dtype;
 
@@ -251,7 +251,7 @@ impl Decoder {
         let tables = self.tables(positions, lengths);
         let mut x = self.embed(tokens, positions);
         for layer in 0..self.structure.blocks.len() {
-            x = self.block(layer, x, &tables, |q, k, v| attend(layer, q, k, v));
+            x = self.block(layer, x, &tables, Uses::Value, |q, k, v| attend(layer, q, k, v));
         }
         self.normed(x, Some(self.structure.final_norm))
     }
@@ -278,12 +278,13 @@ impl Decoder {
         }
     }
 
-    /// One block.
+    /// One block. Where its value is not used, what it returns is not its value.
     pub(crate) fn block(
         &self,
         layer: usize,
         x: Tensor<2>,
         tables: &[Rotary],
+        uses: Uses,
         attend: impl FnOnce(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
         let block = &self.structure.blocks[layer];
@@ -294,18 +295,20 @@ impl Decoder {
         if let Some(rope) = self.config.layers[layer].rope {
             (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
         }
-        let attended = self.project(attend(q, k, v), block.out);
+        let attended = self.project(attend(q, k, v), block.out, Uses::Value);
         let residual = |part, norm| scaled(single(self.norm(part, norm)), self.config.residual_scale);
         let x = x + residual(attended, block.attention_post_norm);
         let inner = self.feed_forward(self.normed(x.clone(), block.mlp_norm), block);
-        x + residual(inner, block.mlp_post_norm)
+        // The gradient of a norm takes its input.
+        let uses = if block.mlp_post_norm.is_some() { Uses::Value } else { uses };
+        x + residual(self.project(inner, block.down, uses), block.mlp_post_norm)
     }
 
     fn qkv(&self, x: Tensor<2>, block: &Block) -> [Tensor<2>; 3] {
         match block.qkv {
-            Qkv::Separate(parts) => parts.map(|part| self.project(x.clone(), part)),
+            Qkv::Separate(parts) => parts.map(|part| self.project(x.clone(), part, Uses::Value)),
             Qkv::Fused(all) => {
-                let (all, heads) = (self.project(x, all), self.config.heads);
+                let (all, heads) = (self.project(x, all, Uses::Value), self.config.heads);
                 let (query, kv) = (heads.query * heads.dim, heads.kv * heads.dim);
                 let part = |start, size| all.clone().narrow(1, start, size);
                 [part(0, query), part(query, kv), part(query + kv, kv)]
@@ -313,31 +316,32 @@ impl Decoder {
         }
     }
 
+    /// Inner features of the feed-forward network.
     fn feed_forward(&self, x: Tensor<2>, block: &Block) -> Tensor<2> {
-        let kind = self.config.mlp;
-        let inner = match (block.inner, kind) {
-            (Inner::Plain(up), Mlp::Plain(kind)) => activate(self.project(x, up), kind),
+        let project = |x: Tensor<2>, p| self.project(x, p, Uses::Value);
+        match (block.inner, self.config.mlp) {
+            (Inner::Plain(up), Mlp::Plain(kind)) => activate(project(x, up), kind),
             (Inner::Gated([gate, up]), Mlp::Gated(kind)) => {
-                gated(self.project(x.clone(), gate), self.project(x, up), kind)
+                gated(project(x.clone(), gate), project(x, up), kind)
             }
             (Inner::Fused(both), Mlp::Gated(kind)) => {
-                let (both, width) = (self.project(x, both), self.config.intermediate);
+                let (both, width) = (project(x, both), self.config.intermediate);
                 gated(both.clone().narrow(1, 0, width), both.narrow(1, width, width), kind)
             }
             (Inner::Plain(up) | Inner::Fused(up) | Inner::Gated([_, up]), _) => {
-                activation::relu(self.project(x, up))
+                activation::relu(project(x, up))
             }
-        };
-        self.project(inner, block.down)
+        }
     }
 
     fn weight(&self, index: usize) -> Tensor<2> {
         self.weights[index].tensor.clone()
     }
 
-    fn project(&self, x: Tensor<2>, p: Projection) -> Tensor<2> {
+    fn project(&self, x: Tensor<2>, p: Projection, uses: Uses) -> Tensor<2> {
         let out = match &self.lora {
-            Some(lora) => lora.project(x, self.weight(p.weight), p.weight, self.dropout),
+            Some(lora) => lora.project(x, self.weight(p.weight), p.weight, self.dropout, uses),
+            None if uses == Uses::Gradient => linear_unused(x, self.weight(p.weight)),
             None => self.product(x, p.weight),
         };
         match p.bias {
@@ -415,6 +419,15 @@ impl Decoder {
             None => logits,
         }
     }
+}
+
+/// What is done with what a block returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Uses {
+    /// It is read.
+    Value,
+    /// It is computed again for its gradients alone: the last product has none of its own value.
+    Gradient,
 }
 
 /// As 32-bit floats.

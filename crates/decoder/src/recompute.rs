@@ -7,6 +7,7 @@ use std::sync::Arc;
 use burn::tensor::{Gradients, Tensor};
 use fused_ops::{HeadOutput, Rotary, Segments, attention};
 
+use crate::model::Uses;
 use crate::{Batch, Decoder};
 
 /// What the backward pass needs.
@@ -33,17 +34,24 @@ impl Decoder {
         let mut inputs = Vec::with_capacity(blocks);
         for layer in 0..blocks {
             inputs.push(x.clone());
-            x = model.seen(layer, x, &tables, &batch.segments);
+            x = model.seen(layer, x, &tables, &batch.segments, Uses::Value);
         }
         let last = x.autodiff().require_grad();
-        let kept = |x, layer| self.seen(layer, x, &tables, &batch.segments);
+        let kept = |x, layer| self.seen(layer, x, &tables, &batch.segments, Uses::Value);
         let out = self.finish((blocks..layers).fold(last.clone(), kept), batch);
         let (tokens, positions) = (batch.tokens.clone(), batch.positions.clone());
         (out, Recompute { tokens, positions, segments: batch.segments.clone(), tables, inputs, last })
     }
 
-    fn seen(&self, layer: usize, x: Tensor<2>, tables: &[Rotary], segments: &Arc<Segments>) -> Tensor<2> {
-        self.block(layer, x, tables, |q, k, v| {
+    fn seen(
+        &self,
+        layer: usize,
+        x: Tensor<2>,
+        tables: &[Rotary],
+        segments: &Arc<Segments>,
+        uses: Uses,
+    ) -> Tensor<2> {
+        self.block(layer, x, tables, uses, |q, k, v| {
             attention(q, k, v, segments, self.config().heads, self.config().scores(layer))
         })
     }
@@ -59,7 +67,7 @@ impl Decoder {
         while let Some(input) = kept.inputs.pop() {
             let layer = kept.inputs.len();
             let x = input.autodiff().require_grad();
-            let out = self.seen(layer, x.clone(), &kept.tables, &kept.segments);
+            let out = self.seen(layer, x.clone(), &kept.tables, &kept.segments, Uses::Gradient);
             let mut gradients = pull(out, gradient);
             self.collect(&mut totals, &mut gradients);
             let Some(next) = x.grad_remove(&mut gradients) else { return totals };

@@ -213,6 +213,47 @@ fn again<
     op.prepare::<BalancedCheckpointing>(nodes).memory_bound().retro_forward(again).parents(known).stateful()
 }
 
+/// A linear layer whose value `compute` returns.
+fn linear_node<B: FusedOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    w: FloatTensor<Autodiff<B, C>>,
+    compute: impl Fn(FloatTensor<B>, FloatTensor<B>) -> FloatTensor<B>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let nodes = [x.node(), w.node()];
+    let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
+    let w = w.into_primitive();
+    let (out, dtype) = (compute(x.primitive().clone(), w.clone()), w.dtype());
+    match Linear.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(mut p) => {
+            let x = of_weight.then(|| p.checkpoint(&x));
+            p.finish((x, of_input.then_some(w), dtype), out)
+        }
+        OpsKind::UnTracked(p) => p.finish(out),
+    }
+}
+
+/// One with a low-rank update.
+fn lora_node<B: FusedOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    weights: [FloatTensor<Autodiff<B, C>>; 3],
+    scale: f32,
+    compute: impl Fn(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, f32) -> Two<B>,
+) -> Two<Autodiff<B, C>> {
+    assert!(!weights[0].is_tracked(), "the weight below an adapter is not trained");
+    let nodes = [x.node(), weights[1].node(), weights[2].node()];
+    let [w, a, b] = weights.map(FloatTensor::<Autodiff<B, C>>::into_primitive);
+    let (out, inner) = compute(x.primitive().clone(), w.clone(), a.clone(), b.clone(), scale);
+    let untracked = <Autodiff<B, C> as AutodiffBackend>::from_inner(inner.clone());
+    let out = match LowRank.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(mut p) => {
+            let x = p.checkpoint(&x);
+            p.finish((x, inner, [w, a, b], scale), out)
+        }
+        OpsKind::UnTracked(p) => p.finish(out),
+    };
+    (out, untracked)
+}
+
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn upload_floats(like: FloatTensor<Self>, values: Vec<f32>, shape: Vec<usize>) -> FloatTensor<Self> {
         <Self as AutodiffBackend>::from_inner(B::upload_floats(like.into_primitive(), values, shape))
@@ -241,17 +282,11 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     }
 
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        let nodes = [x.node(), w.node()];
-        let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
-        let w = w.into_primitive();
-        let (out, dtype) = (B::fused_linear(x.primitive().clone(), w.clone()), w.dtype());
-        match Linear.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut p) => {
-                let x = of_weight.then(|| p.checkpoint(&x));
-                p.finish((x, of_input.then_some(w), dtype), out)
-            }
-            OpsKind::UnTracked(p) => p.finish(out),
-        }
+        linear_node::<B, C>(x, w, B::fused_linear)
+    }
+
+    fn linear_unused(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear_node::<B, C>(x, w, B::linear_unused)
     }
 
     fn fused_lora(
@@ -261,19 +296,17 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         b: FloatTensor<Self>,
         scale: f32,
     ) -> Two<Self> {
-        assert!(!w.is_tracked(), "the weight below an adapter is not trained");
-        let nodes = [x.node(), a.node(), b.node()];
-        let [w, a, b] = [w, a, b].map(FloatTensor::<Self>::into_primitive);
-        let (out, inner) = B::fused_lora(x.primitive().clone(), w.clone(), a.clone(), b.clone(), scale);
-        let untracked = <Self as AutodiffBackend>::from_inner(inner.clone());
-        let out = match LowRank.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut p) => {
-                let x = p.checkpoint(&x);
-                p.finish((x, inner, [w, a, b], scale), out)
-            }
-            OpsKind::UnTracked(p) => p.finish(out),
-        };
-        (out, untracked)
+        lora_node::<B, C>(x, [w, a, b], scale, B::fused_lora)
+    }
+
+    fn lora_unused(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+    ) -> Two<Self> {
+        lora_node::<B, C>(x, [w, a, b], scale, B::lora_unused)
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {

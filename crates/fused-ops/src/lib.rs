@@ -29,8 +29,8 @@ mod segments;
 
 pub use cached::{Cache, Packed, cached_attention};
 pub use ops::{
-    activate, attention, cast, gated, head, layer_norm, linear, lora, narrow, rms_norm, rotary, select,
-    sum_into, upload,
+    activate, attention, cast, gated, head, layer_norm, linear, linear_unused, lora, lora_unused, narrow,
+    rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use paged::{PAGE, Span};

@@ -50,6 +50,10 @@ pub(crate) trait FusedOps: Backend {
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear::<Self>(Value(x), Value(w)).0
     }
+    /// Zeros in place of `x · wᵀ`.
+    fn linear_unused(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        Value::<Self>::zeros(&[x.shape()[0], w.shape()[0]], x.dtype(), &Value(x.clone())).0
+    }
     /// Gradient of the input.
     fn linear_grad_input(grad: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear_grad_input::<Self>(Value(grad), Value(w)).0
@@ -84,6 +88,17 @@ pub(crate) trait FusedOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let inner = Self::scaled(Self::fused_linear(x.clone(), a), scale);
         (Self::linear_onto(Self::fused_linear(x, w), inner.clone(), b), inner)
+    }
+    /// Zeros in place of the first of [`FusedOps::fused_lora`].
+    fn lora_unused(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let _ = b;
+        (Self::linear_unused(x.clone(), w), Self::scaled(Self::fused_linear(x, a), scale))
     }
     /// `hidden · wᵀ` of the head in `f32`, products of narrower types summed so where the backend can.
     fn head_products(hidden: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -295,6 +310,11 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::fused_linear(x.into_dispatch(), w.into_dispatch()))
 }
 
+/// [`linear`] in the graph, its value zeros: for what is computed again for its gradients alone.
+pub fn linear_unused(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    dispatch(<Dispatch as FusedOps>::linear_unused(x.into_dispatch(), w.into_dispatch()))
+}
+
 /// A linear layer with a low-rank update, `x · wᵀ + scale · (x · aᵀ) · bᵀ`, whose own weight is not trained (LoRA, arXiv
 /// 2106.09685, equation 3).
 ///
@@ -304,6 +324,13 @@ pub fn lora(x: Tensor<2>, w: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) 
     let _span = trace_span!("Lora").entered();
     let [x, w, a, b] = [x, w, a, b].map(Tensor::into_dispatch);
     let (out, _inner) = <Dispatch as FusedOps>::fused_lora(x, w, a, b, scale);
+    dispatch(out)
+}
+
+/// [`lora`] in the graph, its value zeros: for what is computed again for its gradients alone.
+pub fn lora_unused(x: Tensor<2>, w: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) -> Tensor<2> {
+    let [x, w, a, b] = [x, w, a, b].map(Tensor::into_dispatch);
+    let (out, _inner) = <Dispatch as FusedOps>::lora_unused(x, w, a, b, scale);
     dispatch(out)
 }
 

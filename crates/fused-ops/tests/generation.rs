@@ -7,15 +7,16 @@
 #[allow(dead_code)]
 mod plain;
 
+mod common;
+
 use std::sync::Arc;
 
 use backend::{Backend, under_test};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Tensor};
 use fused_ops::{Cache, Heads, PAGE, Packed, Scores, Segment, Segments, Span, cached_attention, linear};
 
 fn random(rows: usize, cols: usize) -> Tensor<2> {
-    let flex = Tensor::<2>::random([rows, cols], Distribution::Normal(0.0, 1.0), &Device::flex());
-    flex.to_device(&under_test().device)
+    Tensor::from_data(common::normal(rows, cols), &under_test().device)
 }
 
 fn host(tensor: &Tensor<2>) -> Vec<f32> {

@@ -269,9 +269,9 @@ fn head_of_a_large_vocabulary_takes_several_chunks() {
             }
         }
     }
-    // Flex adds the 140,000 terms in parts. In 32 bits and one after the other, which CubeCL does and MKL with some
-    // numbers of threads, the worst of the 500 sums is off by 7e-4 (`numpy.cumsum`).
-    let tolerance = if under_test().backend == Backend::Flex { 2e-5 } else { 1e-3 };
+    // CubeCL adds the 140,000 terms one after the other: the worst of the 500 sums is off by 7e-4 (`numpy.cumsum`).
+    let exact = matches!(under_test().backend, Backend::Flex | Backend::Tch | Backend::Cuda);
+    let tolerance = if exact { 2e-5 } else { 2.5e-4 } * under_test().backend.tolerance().operations;
     let dims = [n, 1];
     for (what, got, want) in [
         ("log-probability", host(logps.inner().reshape(dims)), want),

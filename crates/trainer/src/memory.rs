@@ -29,9 +29,12 @@ const THRESHOLDS: usize = 256 << 20;
 /// Part of what it can hold that a run takes when it is given no limit.
 const SHARE: f64 = 0.92;
 
-/// Part of a run's operations that may be done again for less memory when it is given no limit: the largest
-/// micro-batches of a run are rare.
-const AGAIN: f64 = 0.01;
+/// Part of the operations of a run's blocks that may be done again for less memory when it is given no limit: the
+/// largest micro-batches are rare.
+const AGAIN: f64 = 0.04;
+
+/// Part of a block's forward pass that is done again: its last product is not.
+const OF_FORWARD: f64 = 0.75;
 
 /// Expected memory in bytes, for the largest micro-batch.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -127,15 +130,14 @@ impl Cost {
     }
 
     /// The least memory that [`AGAIN`] can buy: blocks are computed again in the largest of `parts`, and in the others
-    /// so that they need no more. A block's forward pass is a third of what a step computes of it, or half of it where
-    /// it is not trained.
+    /// so that they need no more. A block's forward pass is one of `passes` as expensive ones in a step.
     fn cheap_limit(&self, parts: &[usize], passes: usize) -> Option<usize> {
         let most = parts.iter().copied().max().unwrap_or(0);
         let all = (passes * self.blocks * parts.iter().sum::<usize>()) as f64;
         let again =
             |limit| parts.iter().map(|&tokens| tokens * self.again(tokens, Some(limit))).sum::<usize>();
         let limits = (0..=self.blocks).map(|again| self.peak(most, again));
-        limits.take_while(|&limit| again(limit) as f64 <= AGAIN * all).min()
+        limits.take_while(|&limit| OF_FORWARD * again(limit) as f64 <= AGAIN * all).min()
     }
 }
 
@@ -150,6 +152,7 @@ impl MemoryPlan {
         let cost = Cost::new(settings, model, weights + optimizer + PROGRAM, gradients);
         let tokens = parts.iter().copied().max().unwrap_or(0);
         let cheap = || {
+            // With the gradients of inputs and, where they are trained, of weights.
             let passes = if model.lora().is_some() { 2 } else { 3 };
             settings.backend.is_on_host().then(|| cost.cheap_limit(parts, passes)).flatten()
         };

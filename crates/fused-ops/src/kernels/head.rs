@@ -1,6 +1,8 @@
 //! Language-model head: logits of all rows for a part of the vocabulary at a time, so that each part of the weight is
 //! read once and its logits stay in the cache.
 
+#![allow(unsafe_code)]
+
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -8,6 +10,7 @@ use rayon::prelude::*;
 use super::dither::{Computed, Weight};
 use super::matrix::{Mat, append, matmul};
 use super::panel::{Element, TILE, WIDTH};
+use super::product::{Finish, Output, finished};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
@@ -119,10 +122,12 @@ pub fn forward<T: Computed>(
         matmul(&mut logits, false, (n, tile.len(), dim), Mat::rows(hidden, dim), Mat::rows(&w, dim).t());
         let per_row = logits.par_chunks_mut(tile.len()).zip(&mut rows).zip(targets);
         per_row.for_each(|((z, row), &target)| {
-            shape(z, logits_of);
             wide(
                 #[inline(always)]
-                || row.add(z, tile.start, target as usize),
+                || {
+                    shape(z, logits_of);
+                    row.add(z, tile.start, target as usize);
+                },
             );
         });
     }
@@ -141,7 +146,7 @@ pub fn forward<T: Computed>(
 
 /// Gradients with respect to `hidden` and (if `of_weight`) `w`, given that of the log-probabilities:
 /// `dz = grad · (onehot - softmax(z))`, times the slope of cap and scale.
-pub fn backward<T: Computed>(
+pub fn backward<T: Computed + Output>(
     grad: &[f32],
     hidden: &[T],
     w: Weight,
@@ -160,12 +165,20 @@ pub fn backward<T: Computed>(
     }
     for tile in tiles(n, vocab) {
         let (len, add) = (tile.len(), tile.start > 0);
-        logits.resize(n * len, 0.0);
         let part = tile.start * dim..tile.end * dim;
         let w = T::of_weight(w, part.clone());
         let (h, w) = (Mat::rows(hidden, dim), Mat::rows(&w, dim));
-        matmul(&mut logits, false, (n, len, dim), h, w.t());
-        let z = narrow_gradients(&mut logits, &mut narrow, (tile, targets, lse, grad, logits_of));
+        let finish = Gradients { part: tile, targets, lse, grad, logits_of };
+        let z = if T::has_panels() && len.is_multiple_of(T::GROUP) {
+            narrow.resize(n * len, T::default());
+            // SAFETY: there is room for the products.
+            unsafe { finished(narrow.as_mut_ptr(), false, (n, len, dim), h, w.t(), &finish) };
+            Mat::rows(&narrow, len)
+        } else {
+            logits.resize(n * len, 0.0);
+            matmul(&mut logits, false, (n, len, dim), h, w.t());
+            narrow_gradients(&mut logits, &mut narrow, &finish)
+        };
         matmul(&mut dh, add, (n, dim, len), z, w);
         if of_weight {
             append(&mut dw, (len, dim, n), z.t(), h);
@@ -174,23 +187,77 @@ pub fn backward<T: Computed>(
     (dh, dw)
 }
 
-/// What [`gradient_rows`] takes besides the products.
-type OfRows<'a> = (Range<usize>, &'a [u32], &'a [f32], &'a [f32], Logits);
+/// Turns the products of all rows and a part of the vocabulary into their gradients.
+pub struct Gradients<'a> {
+    /// Of the vocabulary.
+    pub part: Range<usize>,
+    pub targets: &'a [u32],
+    /// Log-sum-exp of the rows.
+    pub lse: &'a [f32],
+    /// Gradients of the log-probabilities.
+    pub grad: &'a [f32],
+    pub logits_of: Logits,
+}
 
-/// [`gradient_rows`] in the type of products, in `into` where that is another.
-fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: OfRows) -> Mat<'a, T> {
-    let len = of.0.len();
+impl Gradients<'_> {
+    /// Of the whole part, `[rows, part]`.
+    pub fn all(&self, z: &mut [f32]) {
+        z.par_chunks_mut(self.part.len()).enumerate().for_each(|(row, z)| self.row(row, z));
+    }
+
+    fn row(&self, row: usize, z: &mut [f32]) {
+        wide(
+            #[inline(always)]
+            || self.of(row, 0, z),
+        );
+    }
+
+    /// Of one row, from a column of the part on.
+    #[inline(always)]
+    fn of(&self, row: usize, column: usize, z: &mut [f32]) {
+        let Self { lse, grad, logits_of: Logits { scale, softcap: cap }, .. } = *self;
+        let (lse, g) = (lse[row], grad[row]);
+        shape(z, self.logits_of);
+        let target = (self.targets[row] as usize).checked_sub(self.part.start + column);
+        let target = target.filter(|&at| at < z.len());
+        let of_target = target.map_or(0.0, |at| cap.map_or(1.0, |cap| softcap_slope(z[at], cap)) * scale);
+        for z in z.iter_mut() {
+            let slope = cap.map_or(1.0, |cap| softcap_slope(*z, cap));
+            *z = -g * exp(*z - lse) * scale * slope;
+        }
+        if let Some(at) = target {
+            z[at] += g * of_target;
+        }
+    }
+}
+
+impl<T: Element> Finish<T> for Gradients<'_> {
+    const PLAIN: bool = false;
+
+    #[inline(always)]
+    unsafe fn put(&self, row: usize, column: usize, values: &[f32], to: *mut T, _: bool) {
+        let mut z = [0.0; WIDTH];
+        let z = &mut z[..values.len()];
+        z.copy_from_slice(values);
+        self.of(row, column, z);
+        for (i, &z) in z.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { to.add(i).write(T::of(z)) };
+        }
+    }
+}
+
+/// The gradients of products, `[rows, part]`, in the type of products; in `into` where that is another.
+fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: &Gradients) -> Mat<'a, T> {
+    let len = of.part.len();
     if T::GROUP == 1 {
-        let (part, targets, lse, grad, logits_of) = of;
-        gradient_rows(z, part, targets, lse, grad, logits_of);
+        of.all(z);
         return Mat::rows(T::of_all(z, into), len);
     }
     let width = len.next_multiple_of(T::GROUP);
     into.resize(z.len() / len * width, T::default());
-    let (part, targets, lse, grad, logits_of) = of;
-    let rows = z.par_chunks_mut(len).zip(into.par_chunks_mut(width));
-    rows.zip(targets).zip(lse).zip(grad).for_each(|((((z, narrow), &target), &lse), &g)| {
-        gradient_row(z, part.start, (target, lse, g), logits_of);
+    z.par_chunks_mut(len).zip(into.par_chunks_mut(width)).enumerate().for_each(|(row, (z, narrow))| {
+        of.row(row, z);
         wide(
             #[inline(always)]
             || narrow.iter_mut().zip(z.iter()).for_each(|(to, &from)| *to = T::of(from)),
@@ -199,55 +266,13 @@ fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: 
     Mat::rows(into, width)
 }
 
-/// Turns the products of all rows and a part of the vocabulary, `[rows, part]`, into their gradients.
-pub fn gradient_rows(
-    z: &mut [f32],
-    part: Range<usize>,
-    targets: &[u32],
-    lse: &[f32],
-    grad: &[f32],
-    logits_of: Logits,
-) {
-    z.par_chunks_mut(part.len()).zip(targets).zip(lse).zip(grad).for_each(|(((z, &target), &lse), &g)| {
-        gradient_row(z, part.start, (target, lse, g), logits_of);
-    });
-}
-
-fn gradient_row(z: &mut [f32], start: usize, (target, lse, g): (u32, f32, f32), logits_of: Logits) {
-    shape(z, logits_of);
-    let target = (target as usize).checked_sub(start).filter(|&at| at < z.len());
-    row_gradient(z, target, lse, g, logits_of);
-}
-
 /// Products to logits: scaled, then capped.
+#[inline(always)]
 fn shape(z: &mut [f32], logits: Logits) {
-    wide(
-        #[inline(always)]
-        || {
-            if logits.scale != 1.0 {
-                z.iter_mut().for_each(|z| *z *= logits.scale);
-            }
-            if let Some(cap) = logits.softcap {
-                z.iter_mut().for_each(|z| *z = softcap(*z, cap));
-            }
-        },
-    );
-}
-
-/// Turns logits of one row into the gradient of its products; `target` is there if it is among them.
-fn row_gradient(z: &mut [f32], target: Option<usize>, lse: f32, g: f32, logits: Logits) {
-    let slope_at = |z: f32| logits.softcap.map_or(1.0, |cap| softcap_slope(z, cap));
-    let of_target = target.map_or(0.0, |target| slope_at(z[target]) * logits.scale);
-    wide(
-        #[inline(always)]
-        || {
-            for z in z.iter_mut() {
-                let slope = logits.softcap.map_or(1.0, |cap| softcap_slope(*z, cap));
-                *z = -g * exp(*z - lse) * logits.scale * slope;
-            }
-        },
-    );
-    if let Some(target) = target {
-        z[target] += g * of_target;
+    if logits.scale != 1.0 {
+        z.iter_mut().for_each(|z| *z *= logits.scale);
+    }
+    if let Some(cap) = logits.softcap {
+        z.iter_mut().for_each(|z| *z = softcap(*z, cap));
     }
 }

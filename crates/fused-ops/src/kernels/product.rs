@@ -97,6 +97,37 @@ impl Output for bf16 {
     }
 }
 
+/// What becomes of products.
+pub trait Finish<O>: Sync {
+    /// They are kept as they are, or added to what is there.
+    const PLAIN: bool;
+
+    /// Puts products of row `row` and the columns from `column` on into their places, or adds them (`add`) to what is
+    /// there.
+    ///
+    /// # Safety
+    /// `to` must be writable for them, and hold values where they are added to.
+    unsafe fn put(&self, row: usize, column: usize, values: &[f32], to: *mut O, add: bool);
+}
+
+/// They are rounded to the type of the result.
+struct Rounded;
+
+impl<O: Element> Finish<O> for Rounded {
+    const PLAIN: bool = true;
+
+    #[inline(always)]
+    unsafe fn put(&self, _: usize, _: usize, values: &[f32], to: *mut O, add: bool) {
+        for (i, &value) in values.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let to = to.add(i);
+                to.write(O::of(if add { to.read().single() + value } else { value }));
+            }
+        }
+    }
+}
+
 /// `dst = a · b` (or `dst += a · b`) for `a`: `[m, k]`, `b`: `[k, n]`, `dst`: `[m, n]` row-major; none of the three is 0.
 ///
 /// # Safety
@@ -108,11 +139,27 @@ pub unsafe fn panels<T: Element, O: Output>(
     a: Mat<T>,
     b: Mat<T>,
 ) {
+    // SAFETY: the caller's promise.
+    unsafe { finished(dst, add, (m, n, k), a, b, &Rounded) }
+}
+
+/// The same with something else done with the products.
+///
+/// # Safety
+/// As for [`panels`].
+pub unsafe fn finished<T: Element, O: Output, F: Finish<O>>(
+    dst: *mut O,
+    add: bool,
+    (m, n, k): (usize, usize, usize),
+    a: Mat<T>,
+    b: Mat<T>,
+    finish: &F,
+) {
     assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
     count(m, n, k);
     let division = Division::new::<T>((m, n, k));
     // Sums that are rounded are whole.
-    let depth = if O::SINGLE { division.depth } else { k };
+    let depth = if O::SINGLE && F::PLAIN { division.depth } else { k };
     let inner = k.next_multiple_of(T::GROUP);
     let b = lay_out::<T>(b.t(), n, k);
     // A row whose last group is not full is continued by the next one.
@@ -128,7 +175,7 @@ pub unsafe fn panels<T: Element, O: Output>(
             }
             let source = direct.then_some(a);
             for panel in panels.clone() {
-                let place = Place { column: panel * WIDTH, stride: n, add: add || start > 0 };
+                let place = Place { column: panel * WIDTH, stride: n, add: add || start > 0, finish };
                 let b = &b[(panel * inner + start) * WIDTH..];
                 // SAFETY: each task writes its own rows and columns of `dst`.
                 unsafe { buffers.times(source, &of, &deep, b, &place, dst.0) };
@@ -138,10 +185,11 @@ pub unsafe fn panels<T: Element, O: Output>(
 }
 
 /// Where a panel's products go.
-struct Place {
+struct Place<'a, F> {
     column: usize,
     stride: usize,
     add: bool,
+    finish: &'a F,
 }
 
 /// What a task needs besides its operands.
@@ -158,19 +206,19 @@ impl<T> Default for Buffers<T> {
 
 impl<T: Element> Buffers<T> {
     /// Rows `of` and summed elements `deep`, of `a` or in tiles, times a panel.
-    unsafe fn times<O: Output>(
+    unsafe fn times<O: Output, F: Finish<O>>(
         &mut self,
         a: Option<Mat<T>>,
         of: &Range<usize>,
         deep: &Range<usize>,
         b: &[T],
-        place: &Place,
+        place: &Place<F>,
         dst: *mut O,
     ) {
         let width = (place.stride - place.column).min(WIDTH);
         // SAFETY: these are the caller's places.
         let to = unsafe { dst.add(of.start * place.stride + place.column) };
-        let straight = O::SINGLE && width == WIDTH;
+        let straight = O::SINGLE && F::PLAIN && width == WIDTH;
         let (c, stride) = if straight {
             (to.cast::<f32>(), place.stride)
         } else {
@@ -189,32 +237,18 @@ impl<T: Element> Buffers<T> {
                 for (row, from) in rows {
                     // SAFETY: as above.
                     let to = unsafe { to.add(row * place.stride) };
+                    let (row, finish) = (of.start + row, place.finish);
                     // SAFETY: these columns are the caller's.
                     unsafe {
                         if width < WIDTH {
-                            put(to, &from[..width], place.add);
+                            finish.put(row, place.column, &from[..width], to, place.add);
                         } else {
-                            put(to, from, place.add);
+                            finish.put(row, place.column, from, to, place.add);
                         }
                     }
                 }
             },
         );
-    }
-}
-
-/// Values rounded to their places, or added to what is there.
-///
-/// # Safety
-/// `to` must be writable for them, and hold values where they are added to.
-#[inline(always)]
-unsafe fn put<O: Element>(to: *mut O, values: &[f32], add: bool) {
-    for (i, &value) in values.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let to = to.add(i);
-            to.write(O::of(if add { to.read().single() + value } else { value }));
-        }
     }
 }
 

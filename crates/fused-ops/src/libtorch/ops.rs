@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use super::{attention, halves_mut, head, is_cpu, paged, rotary, shim, upload, values, values_mut};
 use crate::generic::{self, Value};
 use crate::kernels::dither::{Weight, dithered};
-use crate::kernels::head::{self as lm_head, gradient_rows};
+use crate::kernels::head::{self as lm_head, Gradients};
 use crate::kernels::matrix::{Mat, matmul};
 use crate::ops::{FusedOps, Three, Two, two};
 use crate::paged::Span;
@@ -217,15 +217,14 @@ impl FusedOps for LibTorch {
             let rows = start..(start + chunk).min(n);
             let (at, len) = (start as i64, rows.len() as i64);
             let mut z = logits_of(&hidden, &wide, start, rows.len());
-            let part = rows.clone();
-            gradient_rows(
-                values_mut(&mut z),
-                0..vocab as usize,
-                &targets[part.clone()],
-                &lse[part.clone()],
-                &grad[part],
-                logits,
-            );
+            let gradients = Gradients {
+                part: 0..vocab as usize,
+                targets: &targets[rows.clone()],
+                lse: &lse[rows.clone()],
+                grad: &grad[rows.clone()],
+                logits_of: logits,
+            };
+            gradients.all(values_mut(&mut z));
             let dz = z.to_kind(kind);
             let mut rows_of_dh = dh.narrow(0, at, len);
             if kind == Kind::Float {
