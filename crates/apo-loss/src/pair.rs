@@ -56,9 +56,8 @@ fn smoothed(delta: Tensor<1>, smoothing: f64) -> Tensor<1> {
 
 /// Cross-entropy of the chosen completions, averaged over the tokens of the batch.
 ///
-/// `chosen_tokens` is the number of scored tokens of all chosen completions; the mean over pairs of
-/// what this returns is the token mean, as in TRL.
-pub fn sft(chosen_logps: Tensor<1>, chosen_tokens: f64) -> Tensor<1> {
-    let pairs = chosen_logps.dims()[0];
-    chosen_logps * -(pairs as f64 / chosen_tokens.max(1.0))
+/// `tokens_per_pair` are the scored tokens of all chosen completions of the batch over its pairs; the mean over the
+/// pairs of what this returns is the token mean, as in TRL.
+pub fn sft(chosen_logps: Tensor<1>, tokens_per_pair: f64) -> Tensor<1> {
+    chosen_logps * -tokens_per_pair.recip()
 }

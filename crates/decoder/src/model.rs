@@ -426,7 +426,7 @@ impl Decoder {
 pub(crate) enum Uses {
     /// It is read.
     Value,
-    /// It is computed again for its gradients alone: the last product has none of its own value.
+    /// It is computed again for its gradients alone, which do not need the value of its last product.
     Gradient,
 }
 

@@ -6,7 +6,7 @@
 use std::fs;
 
 use burn::tensor::{DType, Device};
-use decoder::{Batch, Config, Decoder};
+use decoder::{Batch, Config, Decoder, Lora, LoraSettings, Targets};
 use peak_alloc::PeakAlloc;
 use serde_json::json;
 
@@ -18,7 +18,7 @@ const HIDDEN: usize = 192;
 const INNER: usize = 512;
 const VOCAB: usize = 2048;
 
-fn model() -> Decoder {
+fn model(adapter: bool) -> Decoder {
     let config = json!({
         "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
         "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": VOCAB,
@@ -28,7 +28,13 @@ fn model() -> Decoder {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.json");
     fs::write(&path, config.to_string()).unwrap();
-    Decoder::random(Config::from_file(&path).unwrap(), &Device::flex(), 1).tracked()
+    let model = Decoder::random(Config::from_file(&path).unwrap(), &Device::flex(), 1);
+    if !adapter {
+        return model.tracked();
+    }
+    let settings = LoraSettings { rank: 8, alpha: 16.0, rank_stabilized: false, dora: false, dropout: 0.0 };
+    let lora = Lora::new(&model, settings, &Targets::AllLinear, 1).unwrap();
+    model.with_lora(Some(lora)).tracked()
 }
 
 /// One packed pair: 600 shared tokens, tails of 700.
@@ -49,12 +55,15 @@ fn measure(model: &Decoder, batch: &Batch, blocks: usize) -> (usize, u64) {
     (ALLOCATOR.peak_usage() - before, fused_ops::flops() - flops)
 }
 
-/// Type of products, blocks computed again, bytes, and operations as they were when last looked at.
-const KNOWN: [(DType, usize, usize, u64); 4] = [
-    (DType::F32, 0, 109_735_236, 57_642_270_720),
-    (DType::F32, 3, 68_145_804, 65_908_248_576),
-    (DType::F32, 6, 41_304_384, 74_174_226_432),
-    (DType::BF16, 0, 77_043_807, 57_642_270_720),
+/// An adapter is trained, type of products, blocks computed again, bytes, and operations as they were when last looked at.
+const KNOWN: [(bool, DType, usize, usize, u64); 7] = [
+    (false, DType::F32, 0, 109_252_896, 57_642_270_720),
+    (false, DType::F32, 3, 67_663_464, 64_728_600_576),
+    (false, DType::F32, 6, 41_688_576, 71_814_930_432),
+    (false, DType::BF16, 0, 67_982_751, 57_642_270_720),
+    (false, DType::BF16, 3, 44_819_431, 64_728_600_576),
+    (true, DType::F32, 0, 109_434_464, 49_057_873_920),
+    (true, DType::BF16, 3, 45_536_995, 56_451_403_776),
 ];
 
 /// One test: what is counted is the whole process's.
@@ -63,17 +72,21 @@ fn memory_and_operations_do_not_grow() {
     // Each thread has buffers of its own.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
-        let (model, batch) = (model(), batch());
-        let useful = model.flops(&batch, true);
-        measure(&model, &batch, 0);
-        let in_type = |dtype| model.clone().computing_in(dtype);
+        let (models, batch) = ([false, true].map(model), batch());
+        measure(&models[0], &batch, 0);
+        let in_type = |adapter, dtype| models[usize::from(adapter)].clone().computing_in(dtype);
         // Elsewhere products of 16 bits are widened, which takes room.
         let counted = |dtype: DType| dtype == DType::F32 || fused_ops::has_narrow_products();
         let types = [DType::F32, DType::BF16].into_iter().filter(|&dtype| counted(dtype));
-        types.for_each(|dtype| footprint_is_true(&in_type(dtype), &batch));
-        for (dtype, blocks, bytes, operations) in KNOWN.into_iter().filter(|known| counted(known.0)) {
-            let (got, flops) = measure(&in_type(dtype), &batch, blocks);
-            println!("{dtype:?}, {blocks}: {got} bytes, {flops} operations");
+        for (adapter, dtype) in types.flat_map(|dtype| [(false, dtype), (true, dtype)]) {
+            footprint_is_true(&in_type(adapter, dtype), &batch);
+        }
+        for (adapter, dtype, blocks, bytes, operations) in KNOWN.into_iter().filter(|known| counted(known.1))
+        {
+            let model = in_type(adapter, dtype);
+            let useful = model.flops(&batch, true);
+            let (got, flops) = measure(&model, &batch, blocks);
+            println!("adapter {adapter}, {dtype:?}, {blocks}: {got} bytes, {flops} operations");
             assert!(got <= bytes + bytes / 50, "{blocks} blocks computed again: {got} bytes, were {bytes}");
             assert!(
                 got >= bytes - bytes / 10,

@@ -149,16 +149,16 @@ impl<B: FusedOps> Backward<B, 2> for Linear {
 struct LowRank;
 
 impl<B: FusedOps> Backward<B, 3> for LowRank {
-    /// The input, kept or computed again, `scale · x · aᵀ`, the three weights, and the scale.
-    type State = (NodeId, FloatTensor<B>, [FloatTensor<B>; 3], f32);
+    /// The input, kept or computed again, `scale · x · aᵀ`, the three weights as the products take them, the data types
+    /// of the adapter's, and the scale.
+    type State = (NodeId, FloatTensor<B>, [FloatTensor<B>; 3], [DType; 2], f32);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, kept: &mut Checkpointer) {
         let _span = trace_span!("Lora backward").entered();
         let grad = grads.consume::<B>(&ops.node);
-        let (x, inner, [w, a, b], scale) = ops.state;
+        let (x, inner, [w, a, b], types, scale) = ops.state;
         let [x_node, a_node, b_node] = ops.parents;
         let x: FloatTensor<B> = kept.retrieve_node_output(x);
-        let types = [a.dtype(), b.dtype()];
         let of_inner = B::scaled(B::linear_grad_input(grad.clone(), b), scale);
         if let Some(node) = b_node {
             let gradient = B::linear_grad_weight(grad.clone(), inner);
@@ -242,12 +242,15 @@ fn lora_node<B: FusedOps, C: CheckpointStrategy>(
     assert!(!weights[0].is_tracked(), "the weight below an adapter is not trained");
     let nodes = [x.node(), weights[1].node(), weights[2].node()];
     let [w, a, b] = weights.map(FloatTensor::<Autodiff<B, C>>::into_primitive);
+    let types = [a.dtype(), b.dtype()];
+    // Rounded once for both passes.
+    let [a, b] = [a, b].map(|factor| B::weight_as(factor, x.primitive().clone()));
     let (out, inner) = compute(x.primitive().clone(), w.clone(), a.clone(), b.clone(), scale);
     let untracked = <Autodiff<B, C> as AutodiffBackend>::from_inner(inner.clone());
     let out = match LowRank.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut p) => {
             let x = p.checkpoint(&x);
-            p.finish((x, inner, [w, a, b], scale), out)
+            p.finish((x, inner, [w, a, b], types, scale), out)
         }
         OpsKind::UnTracked(p) => p.finish(out),
     };

@@ -311,6 +311,9 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
 }
 
 /// [`linear`] in the graph, its value zeros: for what is computed again for its gradients alone.
+///
+/// # Shapes
+/// As for [`linear`].
 pub fn linear_unused(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::linear_unused(x.into_dispatch(), w.into_dispatch()))
 }
@@ -328,7 +331,11 @@ pub fn lora(x: Tensor<2>, w: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) 
 }
 
 /// [`lora`] in the graph, its value zeros: for what is computed again for its gradients alone.
+///
+/// # Shapes
+/// As for [`lora`].
 pub fn lora_unused(x: Tensor<2>, w: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f32) -> Tensor<2> {
+    let _span = trace_span!("Lora").entered();
     let [x, w, a, b] = [x, w, a, b].map(Tensor::into_dispatch);
     let (out, _inner) = <Dispatch as FusedOps>::lora_unused(x, w, a, b, scale);
     dispatch(out)

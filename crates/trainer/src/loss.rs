@@ -28,8 +28,8 @@ pub struct LossSettings {
 pub struct Winners {
     /// Their log-probabilities, `[pairs]`.
     pub logps: Tensor<1>,
-    /// Scored tokens that their loss is averaged over.
-    pub tokens: f64,
+    /// Scored tokens of a pair, on average over the micro-batch.
+    pub tokens_per_pair: f64,
 }
 
 impl LossSettings {
@@ -108,7 +108,7 @@ impl LossSettings {
             LossType::ApoZero => losses::apo_zero(pairs, beta),
             LossType::ApoDown => losses::apo_down(pairs, beta),
             LossType::Discopop => losses::discopop(&scores(), beta, self.discopop_tau),
-            LossType::Sft => losses::sft(winners.logps.clone(), winners.tokens),
+            LossType::Sft => losses::sft(winners.logps.clone(), winners.tokens_per_pair),
             LossType::SigmoidNorm => losses::sigmoid_norm(&per_token(), beta),
             LossType::Kto | LossType::ApoZeroUnpaired => unreachable!("see LossSettings::unpaired"),
         }

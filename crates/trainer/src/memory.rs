@@ -33,23 +33,25 @@ const SHARE: f64 = 0.92;
 /// largest micro-batches are rare.
 const AGAIN: f64 = 0.04;
 
-/// Part of a block's forward pass that is done again: its last product is not.
+/// About the part of a block's forward pass that is done again: its last product mostly is not.
 const OF_FORWARD: f64 = 0.75;
 
-/// Expected memory in bytes, for the largest micro-batch.
+/// Expected memory in bytes, for the most tokens that are computed together.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct MemoryPlan {
     /// Of the model, an adapter, and a reference that is kept.
     pub weights: usize,
     pub gradients: usize,
     pub optimizer: usize,
-    /// What the backward pass of the largest micro-batch needs, and temporaries.
+    /// The most packed tokens of a micro-batch, or of a part of one, in the first epoch.
+    pub tokens: usize,
+    /// What their backward pass needs, and temporaries.
     pub activations: usize,
     /// The most at any time: the gradients come while the activations go.
     pub peak: usize,
-    /// Not to be passed, if anything is known.
+    /// Not to be passed, for more tokens neither: what was asked for, can be had, or is reached at little cost.
     pub limit: Option<usize>,
-    /// Blocks whose activations are not kept but computed again, in the largest micro-batch.
+    /// Blocks whose activations are not kept but computed again, for the most tokens.
     pub recomputed_blocks: usize,
     #[serde(skip)]
     cost: Cost,
@@ -71,8 +73,8 @@ struct Cost {
     logits: usize,
     /// Gradient of the head, while the activations are there.
     head: usize,
-    /// Gradients are held from one micro-batch to the next.
-    accumulates: bool,
+    /// Sets of gradients that are held while others are computed: from one micro-batch, and from one part, to the next.
+    held: usize,
     /// Weights, optimizer and program.
     fixed: usize,
     gradients: usize,
@@ -99,7 +101,7 @@ impl Cost {
             temporary: width * temporary,
             logits: logits(settings.backend),
             head: if trained || narrow_head { table } else { 0 },
-            accumulates: settings.accumulation > 1,
+            held: usize::from(settings.accumulation > 1) + usize::from(settings.scoring().part < usize::MAX),
             fixed: fixed + if rounds { THRESHOLDS } else { 0 },
             gradients,
             ends: if trained { 2 * table } else { 0 },
@@ -117,7 +119,7 @@ impl Cost {
     fn peak(&self, tokens: usize, again: usize) -> usize {
         let temporary = (tokens * self.temporary).max(self.logits);
         let full = self.activations(tokens, again) + self.head + temporary;
-        let before = if self.accumulates { self.gradients } else { 0 };
+        let before = self.held * self.gradients;
         let last =
             self.gradients + self.ends + tokens * (self.block + 2 * self.input) * usize::from(again > 0);
         self.fixed + (GAPS * (before + full.max(last)) as f64) as usize
@@ -163,6 +165,7 @@ impl MemoryPlan {
             weights,
             gradients,
             optimizer,
+            tokens,
             activations: cost.activations(tokens, recomputed_blocks),
             peak: cost.peak(tokens, recomputed_blocks),
             limit,
@@ -182,13 +185,14 @@ impl MemoryPlan {
         let Cost { blocks, .. } = self.cost;
         let mut lines = vec![format!(
             "memory plan: weights {:.2} GiB, gradients {:.2}, optimizer {:.2}, activations {:.2}; at most {:.2} GiB at a \
-             time; {} of {blocks} blocks are computed again in the largest micro-batch",
+             time; {} of {blocks} blocks are computed again for the {} tokens that are computed together at most",
             gib(self.weights),
             gib(self.gradients),
             gib(self.optimizer),
             gib(self.activations),
             gib(self.peak),
-            self.recomputed_blocks
+            self.recomputed_blocks,
+            self.tokens
         )];
         if let Some(limit) = self.limit.filter(|&limit| self.peak > limit) {
             let what = if given { "--memory-limit" } else { "what can be had" };
@@ -200,5 +204,55 @@ impl MemoryPlan {
             ));
         }
         lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cost() -> Cost {
+        Cost {
+            blocks: 10,
+            all: false,
+            block: 1000,
+            input: 100,
+            temporary: 500,
+            logits: 0,
+            head: 0,
+            held: 0,
+            fixed: 50_000,
+            gradients: 10_000,
+            ends: 0,
+        }
+    }
+
+    /// Part of the operations of all blocks that is done again.
+    fn share(cost: &Cost, parts: &[usize], limit: usize) -> f64 {
+        let again: usize = parts.iter().map(|&tokens| tokens * cost.again(tokens, Some(limit))).sum();
+        OF_FORWARD * again as f64 / (3 * cost.blocks * parts.iter().sum::<usize>()) as f64
+    }
+
+    #[test]
+    fn the_largest_are_computed_again_where_that_costs_little() {
+        let cost = cost();
+        let rare = [vec![100; 50], vec![300]].concat();
+        let equal = vec![100; 50];
+        for parts in [&rare, &equal] {
+            let (limit, most) = (cost.cheap_limit(parts, 3).unwrap(), *parts.iter().max().unwrap());
+            assert!(limit <= cost.peak(most, 0) && share(&cost, parts, limit) <= AGAIN);
+            // One block more would cost too much, or gain nothing.
+            let more = cost.peak(most, cost.again(most, Some(limit)) + 1);
+            assert!(more >= limit || share(&cost, parts, more) > AGAIN);
+        }
+        let [of_rare, of_equal] = [&rare, &equal].map(|parts| cost.cheap_limit(parts, 3).unwrap());
+        assert!(of_rare < cost.peak(300, 0) / 2, "one row alone would double what the run takes");
+        assert!(of_equal > cost.peak(100, 2), "all are as large");
+    }
+
+    #[test]
+    fn what_is_computed_again_anyway_has_no_cheap_limit() {
+        assert_eq!(Cost { all: true, ..cost() }.cheap_limit(&[100, 200], 3), None);
+        assert_eq!(cost().cheap_limit(&[], 3), Some(cost().peak(0, 0)));
     }
 }

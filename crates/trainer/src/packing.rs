@@ -10,7 +10,7 @@ use fused_ops::{HeadOutput, sum_into};
 use pref_data::Packed;
 use tracing::trace_span;
 
-/// What is summed for each row, apart from the tokens themselves.
+/// How rows are computed and what is summed for each, apart from the tokens themselves.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scoring {
     /// Weight of tokens beyond the shorter completion.
@@ -32,7 +32,7 @@ impl Scoring {
 }
 
 /// Rows that are computed together: one after the other while they have at most `bound` tokens, at least one.
-pub fn parts(tokens: impl IntoIterator<Item = usize>, bound: usize) -> Vec<Range<usize>> {
+pub fn divide(tokens: impl IntoIterator<Item = usize>, bound: usize) -> Vec<Range<usize>> {
     let (mut parts, mut total) = (Vec::<Range<usize>>::new(), 0);
     for (row, tokens) in tokens.into_iter().enumerate() {
         match parts.last_mut() {
@@ -121,8 +121,8 @@ mod tests {
 
     #[test]
     fn parts_are_as_large_as_they_may_be() {
-        assert_eq!(parts([10, 20, 30, 5, 100, 1, 2], 40), [0..2, 2..4, 4..5, 5..7]);
-        assert_eq!(parts([usize::MAX / 2, 7], usize::MAX), [0..2]);
-        assert!(parts([], 40).is_empty());
+        assert_eq!(divide([10, 20, 30, 5, 100, 1, 2], 40), [0..2, 2..4, 4..5, 5..7]);
+        assert_eq!(divide([usize::MAX / 2, 7], usize::MAX), [0..2]);
+        assert!(divide([], 40).is_empty());
     }
 }

@@ -2,7 +2,7 @@
 
 use pref_data::{Batches, Bound, Dataset};
 
-use crate::packing::parts;
+use crate::packing::divide;
 use crate::settings::{Every, Settings};
 
 /// Steps of the run and the rows of each.
@@ -82,7 +82,7 @@ impl<'a> Plan<'a> {
         let of_batch = |batch: &[u32]| {
             let tokens: Vec<usize> =
                 batch.iter().map(|&row| self.rows.lengths(row as usize).packed()).collect();
-            parts(tokens.iter().copied(), bound)
+            divide(tokens.iter().copied(), bound)
                 .into_iter()
                 .map(|part| tokens[part].iter().sum())
                 .collect::<Vec<_>>()

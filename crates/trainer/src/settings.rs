@@ -333,7 +333,7 @@ impl Settings {
                 if self.backend.is_on_host() {
                     2048
                 } else {
-                    16384
+                    1 << 16
                 }
             }
             _ => usize::MAX,

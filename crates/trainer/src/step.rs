@@ -12,7 +12,7 @@ use tracing::trace_span;
 
 use crate::loss::{LossSettings, Winners};
 use crate::metrics::{self, Metrics, PairValues, RowValues};
-use crate::packing::{Packing, Scored, Scoring, parts};
+use crate::packing::{Packing, Scored, Scoring, divide};
 
 /// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
 /// mismatched one.
@@ -39,7 +39,8 @@ struct Part {
 /// A micro-batch ready for the model.
 pub struct Micro {
     parts: Vec<Part>,
-    mismatched: Option<Packing>,
+    /// Mismatched completions, in parts of their own; none without KTO.
+    mismatched: Vec<Packing>,
     /// Tokens of both completions of each pair.
     lengths: Vec<[usize; 2]>,
     /// Labels of single completions; empty for pairs.
@@ -64,10 +65,12 @@ impl Micro {
         let sizes = rows.iter().map(|&row| data.lengths(row as usize).packed());
         let part =
             |rows: Range<usize>| Part { packing: Packing::new(packed(rows.clone()), scoring.ld_alpha), rows };
-        let parts = parts(sizes, scoring.part).into_iter().map(part).collect();
-        let mismatched = scoring.mismatched.map(|batch| {
-            let sequences = rows.iter().map(|&row| mismatched(data, row as usize, batch));
-            Packing::new(Packed::unpaired(&sequences.collect::<Vec<_>>()), None)
+        let parts = divide(sizes, scoring.part).into_iter().map(part).collect();
+        let mismatched = scoring.mismatched.map_or_else(Vec::new, |batch| {
+            let sequences: Vec<_> = rows.iter().map(|&row| mismatched(data, row as usize, batch)).collect();
+            let sizes = sequences.iter().map(|row| row.prompt.len() + row.chosen.len());
+            let packed = |rows: Range<usize>| Packing::new(Packed::unpaired(&sequences[rows]), None);
+            divide(sizes, scoring.part).into_iter().map(packed).collect()
         });
         let labels = if unpaired { prepared.iter().map(|row| row.label).collect() } else { Vec::new() };
         Self { parts, mismatched, lengths, labels }
@@ -84,7 +87,8 @@ impl Micro {
 
     /// Floating-point operations of its training step, at least; see [`Decoder::flops`].
     pub fn flops(&self, model: &Decoder) -> u64 {
-        let mismatched = self.mismatched.as_ref().map_or(0, |packing| model.flops(&packing.batch, false));
+        let mismatched =
+            self.mismatched.iter().map(|packing| model.flops(&packing.batch, false)).sum::<u64>();
         mismatched + self.packings().map(|packing| model.flops(&packing.batch, true)).sum::<u64>()
     }
 
@@ -100,11 +104,12 @@ impl Micro {
             .map(|packing| packing.score(model))
             .map(|scored| (scored.chosen, scored.rejected))
             .unzip();
-        let second = match &self.mismatched {
-            Some(packing) => packing.score(model).chosen,
-            None => joined(rejected),
-        };
-        [joined(chosen), second]
+        [joined(chosen), self.mismatched_logps(model).unwrap_or_else(|| joined(rejected))]
+    }
+
+    fn mismatched_logps(&self, model: &Decoder) -> Option<Tensor<1>> {
+        let chosen: Vec<_> = self.mismatched.iter().map(|packing| packing.score(model).chosen).collect();
+        (!chosen.is_empty()).then(|| joined(chosen))
     }
 
     /// Loss and metrics; with a tracked model also the gradients, one a trained weight. Nothing is read back from
@@ -117,8 +122,7 @@ impl Micro {
         backward: Option<Backward<'_>>,
     ) -> (Pending, Vec<Option<Tensor<2>>>) {
         // Without gradient and before the graph of the other rows exists.
-        let mismatched = self.mismatched.as_ref().map(|packing| packing.score(&model.frozen()).chosen);
-        let kl = match mismatched {
+        let kl = match self.mismatched_logps(&model.frozen()) {
             Some(logps) => kl_estimate(logps, reference[1].clone()),
             None => Tensor::zeros([1], &reference[0].device()),
         };
@@ -181,8 +185,9 @@ impl Micro {
         let weights = loss.use_weighting.then(|| pair_weights_of(&part.packing.packed, &scored));
         let [ref_chosen, ref_rejected] = reference;
         let pairs = PairLogps { chosen: scored.chosen, rejected: scored.rejected, ref_chosen, ref_rejected };
-        let tokens: usize = self.packings().map(|packing| packing.chosen_tokens()).sum();
-        let winners = Winners { logps: scored.whole_chosen, tokens: tokens as f64 * self.share(part) };
+        let tokens: usize = self.packings().map(Packing::chosen_tokens).sum();
+        let tokens_per_pair = tokens.max(1) as f64 / self.lengths.len() as f64;
+        let winners = Winners { logps: scored.whole_chosen, tokens_per_pair };
         let mean = loss.total(&pairs, &self.lengths[part.rows.clone()], &winners, weights.as_ref());
         (mean, vec![pairs.chosen.inner(), pairs.rejected.inner()])
     }
@@ -322,6 +327,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
+    use decoder::{Lora, LoraSettings, Targets};
     use pref_data::{Source, Tokenizer, tokenize};
 
     use super::*;
@@ -346,9 +352,17 @@ mod tests {
         let reference = micro.logps(&model.frozen()).map(|logps| logps.sub_scalar(1.5));
         let backward = Backward { scale: 0.5, again: &|tokens| usize::from(tokens > 250) };
         let (pending, gradients) = micro.run(model, &loss, reference, Some(backward));
-        let gradients = gradients.into_iter().map(|g| g.map_or(Vec::new(), |g| floats(g.into_data())));
+        let gradients = gradients.into_iter().map(|g| floats(g.expect("a gradient").into_data()));
         let gradients = gradients.collect();
         (read(vec![pending], Vec::new()).0.remove(0), gradients, micro.parts.len())
+    }
+
+    fn with_adapter(model: &Decoder, dora: bool, dropout: f64) -> Decoder {
+        let settings = LoraSettings { rank: 4, alpha: 8.0, rank_stabilized: false, dora, dropout };
+        let lora = Lora::new(model, settings, &Targets::AllLinear, 1).unwrap();
+        let mut model = model.clone().with_lora(Some(lora)).tracked();
+        model.set_dropout(3);
+        model
     }
 
     #[test]
@@ -363,26 +377,45 @@ mod tests {
             Dataset::whole(tokenize(&source, &tokenizer, dir.path(), &|_| {}).unwrap().set, None)
         };
         let (pairs, rows) = (data("clair_mini", false), data("clair_mini", true));
-        let model = Decoder::load(&model_dir, &backend::under_test().device).unwrap().tracked();
-        for (data, flags) in [
-            (&pairs, "--loss-type apo_zero"),
-            (&pairs, "--loss-type apo_down sft --loss-weights 1 0.3"),
-            (&pairs, "--loss-type sigmoid --ld-alpha 0.5 --use-weighting"),
-            (&pairs, "--loss-type sigmoid_norm"),
-            (&rows, "--loss-type kto"),
-            (&rows, "--loss-type apo_zero_unpaired"),
+        let opened = backend::under_test();
+        let tolerance = 1e-5 * opened.backend.tolerance().training;
+        let base = Decoder::load(&model_dir, &opened.device).unwrap();
+        let [all, lora, dora] =
+            [base.clone().tracked(), with_adapter(&base, false, 0.0), with_adapter(&base, true, 0.0)];
+        for (model, data, flags) in [
+            (&all, &pairs, "--loss-type apo_zero"),
+            (&lora, &pairs, "--loss-type apo_zero"),
+            (&dora, &pairs, "--loss-type apo_zero"),
+            (&all, &pairs, "--loss-type apo_down sft --loss-weights 1 0.3"),
+            (&all, &pairs, "--loss-type sigmoid --ld-alpha 0.5 --use-weighting"),
+            (&all, &pairs, "--loss-type sigmoid_norm"),
+            (&lora, &rows, "--loss-type kto"),
+            (&lora, &rows, "--loss-type apo_zero_unpaired"),
         ] {
-            let (whole, of_whole, one) = run(data, &model, flags, usize::MAX);
-            let (parts, of_parts, many) = run(data, &model, flags, 400);
+            let (whole, of_whole, one) = run(data, model, flags, usize::MAX);
+            let (parts, of_parts, many) = run(data, model, flags, 400);
             assert!(one == 1 && (2..8).contains(&many), "{many} parts");
-            for ((name, a), (_, b)) in whole.iter().zip(&parts) {
-                assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{flags}: {name} is {b}, not {a}");
+            assert_eq!(whole.len(), parts.len());
+            for ((name, a), (of, b)) in whole.iter().zip(&parts) {
+                assert!(
+                    name == of && (a - b).abs() < tolerance * a.abs().max(1.0),
+                    "{flags}: {name} is {b}, not {a}"
+                );
             }
+            assert_eq!(of_whole.len(), model.trained().len());
             for (a, b) in of_whole.iter().zip(&of_parts) {
-                let top = a.iter().fold(0.0_f32, |top, x| top.max(x.abs()));
+                let top = a.iter().fold(1e-3_f32, |top, x| top.max(x.abs()));
                 let apart = a.iter().zip(b).fold(0.0_f32, |apart, (a, b)| apart.max((a - b).abs()));
-                assert!(a.len() == b.len() && apart <= 1e-5 * top.max(1e-3), "{flags}: {apart} of {top}");
+                assert!(
+                    a.len() == b.len() && f64::from(apart / top) <= tolerance,
+                    "{flags}: {apart} of {top}"
+                );
             }
         }
+        // Each part drops other elements, in every run the same.
+        let dropping = with_adapter(&base, false, 0.3);
+        let run = |part| run(&pairs, &dropping, "--loss-type apo_zero", part);
+        assert_eq!(run(400).1, run(400).1);
+        assert_ne!(run(400).1, run(usize::MAX).1, "parts drop what the whole does");
     }
 }

@@ -6,22 +6,29 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use decoder::{Batch, Companions, Decoder, Lora, SaveDtype};
+use backend::Backend;
+use burn::tensor::Device;
+use decoder::{Batch, Companions, Config, Decoder, Lora, SaveDtype};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
 }
 
-/// Runs 12 steps of the trainer on tiny-qwen2 into `dir/out`.
-fn train(dir: &Path, flags: &str) -> Output {
+/// Runs the trainer on a model and a data set into `dir/out`.
+fn train_on(dir: &Path, model: &Path, data: &Path, flags: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
     command.env("XDG_CACHE_HOME", dir.join("cache")).current_dir(dir);
-    command.arg("--model-name-or-path").arg(fixtures().join("models/tiny-qwen2"));
-    command.arg("--dataset-name").arg(fixtures().join("data/clair_mini"));
-    let line = "--output-dir out --loss-type apo_zero --learning-rate 1e-3 --max-steps 12 --logging-steps 1 \
-                --per-device-train-batch-size 4";
+    command.arg("--model-name-or-path").arg(model).arg("--dataset-name").arg(data);
+    let line = "--output-dir out --loss-type apo_zero --logging-steps 1";
     command.args(line.split_whitespace()).args(flags.split_whitespace()).output().unwrap()
+}
+
+/// Runs 12 steps of the trainer on tiny-qwen2 into `dir/out`.
+fn train(dir: &Path, flags: &str) -> Output {
+    let (model, data) = (fixtures().join("models/tiny-qwen2"), fixtures().join("data/clair_mini"));
+    let line = format!("--learning-rate 1e-3 --max-steps 12 --per-device-train-batch-size 4 {flags}");
+    train_on(dir, &model, &data, &line)
 }
 
 fn trained(dir: &Path, flags: &str) -> String {
@@ -289,6 +296,8 @@ fn blocks_computed_again_give_the_same_run_to_the_bit() {
         "",
         "--loss-type kto",
         "--use-peft --lora-target-modules all-linear --lora-dropout 0.2 --disable-dropout False",
+        "--use-peft --lora-target-modules all-linear",
+        "--use-peft --lora-target-modules all-linear --use-dora",
         "--dtype bfloat16",
         "--dtype bfloat16 --use-peft --lora-target-modules all-linear",
     ] {
@@ -314,6 +323,73 @@ fn blocks_computed_again_give_the_same_run_to_the_bit() {
     assert!(said.contains("WARNING: --memory-limit is 0.00 GiB"), "{said}");
     let both = train(dir.path(), "--memory-limit 1GB --gradient-checkpointing --overwrite-output-dir");
     assert_eq!(both.status.code(), Some(2));
+}
+
+/// A model of 10 million weights with the tokenizer of tiny-qwen2, and two long pairs.
+fn larger_run(dir: &Path) {
+    let (from, to) = (fixtures().join("models/tiny-qwen2"), dir.join("model"));
+    fs::create_dir_all(&to).unwrap();
+    let mut config: Value =
+        serde_json::from_str(&fs::read_to_string(from.join("config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("hidden_size", 384),
+        ("intermediate_size", 1024),
+        ("num_hidden_layers", 6),
+        ("num_attention_heads", 6),
+        ("num_key_value_heads", 2),
+        ("max_position_embeddings", 4096),
+    ] {
+        config[key] = value.into();
+    }
+    config["layer_types"] = Value::Null;
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    let config = Config::from_file(&to.join("config.json")).unwrap();
+    Decoder::random(config, &Device::flex(), 1).save(&to, SaveDtype::F32, usize::MAX).unwrap();
+    let text = |word: &str, n: usize| vec![word; n].join(" ");
+    let pair = |i: usize| serde_json::json!({"prompt": text("why", 200 + i), "chosen": text("yes", 400), "rejected": text("no", 400)});
+    fs::create_dir_all(dir.join("pairs")).unwrap();
+    fs::write(dir.join("pairs/train.jsonl"), format!("{}\n{}\n", pair(0), pair(1))).unwrap();
+}
+
+#[test]
+fn a_run_takes_the_memory_it_says() {
+    let opened = backend::under_test();
+    if opened.backend != Backend::Flex {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    larger_run(dir.path());
+    let run = |flags: &str| {
+        let line = format!("{flags} --max-length 4096 --max-steps 2 --overwrite-output-dir");
+        let output = train_on(dir.path(), &dir.path().join("model"), &dir.path().join("pairs"), &line);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let info = info(dir.path());
+        let number = |value: &Value| value.as_f64().unwrap();
+        let plan = &info["memory_plan"];
+        (
+            number(&plan["peak"]),
+            number(&info["peak_memory_bytes"]),
+            number(&plan["tokens"]),
+            log(dir.path(), "train_log.jsonl"),
+        )
+    };
+    let (plan, peak, all, _) = run("--memory-limit 1TB");
+    let adapter = "--use-peft --lora-target-modules all-linear";
+    let (parts, again) =
+        (run(&format!("{adapter} --memory-limit 1TB")), run(&format!("{adapter} --gradient-checkpointing")));
+    assert!(parts.2 < all && parts.3 == again.3, "in parts, blocks kept or not");
+    // What the program itself takes is planned for larger tokenizers: differences are compared.
+    for (name, other) in
+        [("checkpointing", run("--gradient-checkpointing")), ("adapter", parts), ("both", again)]
+    {
+        let (planned, saved) = (plan - other.0, peak - other.1);
+        println!("{name}: {planned} {saved}, {peak} of {plan}");
+        assert!((saved / planned - 1.0).abs() < 0.15, "{name} saves {saved} bytes, {planned} planned");
+    }
+    assert!(peak < 1.02 * plan && peak > 0.8 * plan, "{peak} bytes, {plan} planned");
 }
 
 #[test]

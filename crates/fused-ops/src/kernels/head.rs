@@ -14,8 +14,8 @@ use super::product::{Finish, Output, finished};
 use super::simd::{exp, max, softcap, softcap_slope, sum_by, sums_by, wide};
 use crate::Logits;
 
-/// Logits held at a time (about 8 MiB, in 16 bits half as much again; more where there are more than 5,000 rows), the one
-/// large temporary of the head.
+/// Logits held at a time (about 8 MiB; their gradients in 16 bits half as much; more where there are more than 5,000
+/// rows), the one large temporary of the head.
 const LOGITS: usize = 2 << 20;
 
 const _: () = assert!((8 * TILE).is_multiple_of(WIDTH), "parts are whole panels");
@@ -274,5 +274,44 @@ fn shape(z: &mut [f32], logits: Logits) {
     }
     if let Some(cap) = logits.softcap {
         z.iter_mut().for_each(|z| *z = softcap(*z, cap));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compare<T: Element + Output>((n, len, dim): (usize, usize, usize), logits_of: Logits) {
+        if !T::has_panels() {
+            return;
+        }
+        let value = |i: usize| ((i * 7 + 3) % 23) as f32 / 64.0 - 0.16;
+        let [h, w]: [Vec<T>; 2] = [n, len].map(|rows| (0..rows * dim).map(|i| T::of(value(i * i))).collect());
+        let (h, w) = (Mat::rows(&h, dim), Mat::rows(&w, dim));
+        let targets: Vec<u32> = (0..n as u32).map(|i| i * 5 % 90).collect();
+        let (lse, grad): (Vec<f32>, Vec<f32>) = (0..n).map(|i| (4.0 + value(i), value(i + 5))).unzip();
+        let of = Gradients { part: 20..20 + len, targets: &targets, lse: &lse, grad: &grad, logits_of };
+        let mut at_once = vec![T::default(); n * len];
+        // SAFETY: there is room for all.
+        unsafe { finished(at_once.as_mut_ptr(), false, (n, len, dim), h, w.t(), &of) };
+        let mut after = vec![0.0_f32; n * len];
+        matmul(&mut after, false, (n, len, dim), h, w.t());
+        of.all(&mut after);
+        for (i, (a, b)) in at_once.iter().zip(&after).enumerate() {
+            let allowed = 1e-5 + b.abs() * if T::GROUP == 1 { 1e-4 } else { 0.01 };
+            assert!((a.single() - b).abs() <= allowed, "{n}x{len}x{dim} at {i}: {a:?} {b}");
+        }
+        assert!(after.iter().any(|z| z.abs() > 1e-3));
+    }
+
+    #[test]
+    fn gradients_are_the_same_with_their_products_as_after_them() {
+        // Sums in one part and in several, columns that fill no panel, several tasks.
+        for size in [(3, 5, 7), (250, 130, 40), (40, 66, 1700)] {
+            for logits in [Logits::default(), Logits { scale: 0.5, softcap: Some(3.0) }] {
+                compare::<f32>(size, logits);
+                compare::<half::bf16>(size, logits);
+            }
+        }
     }
 }

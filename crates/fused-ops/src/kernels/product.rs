@@ -99,11 +99,11 @@ impl Output for bf16 {
 
 /// What becomes of products.
 pub trait Finish<O>: Sync {
-    /// They are kept as they are, or added to what is there.
+    /// `put` only rounds them, so sums may be added up in parts.
     const PLAIN: bool;
 
-    /// Puts products of row `row` and the columns from `column` on into their places, or adds them (`add`) to what is
-    /// there.
+    /// Puts products of row `row` and the columns from `column` on into their places, or adds them (`add`, only asked of
+    /// those that are plain) to what is there.
     ///
     /// # Safety
     /// `to` must be writable for them, and hold values where they are added to.
@@ -157,6 +157,7 @@ pub unsafe fn finished<T: Element, O: Output, F: Finish<O>>(
 ) {
     assert!(a.holds(m, k) && b.holds(k, n), "operands hold [{m}, {k}] and [{k}, {n}]");
     count(m, n, k);
+    assert!(F::PLAIN || !add, "only products are added to others");
     let division = Division::new::<T>((m, n, k));
     // Sums that are rounded are whole.
     let depth = if O::SINGLE && F::PLAIN { division.depth } else { k };
