@@ -47,7 +47,8 @@ pub fn cache_path(dir: Option<&Path>, model_hash: &str, data_hash: &str) -> Path
 }
 
 /// Computes the log-probabilities of all rows, batched as training will batch them, so that before the
-/// first step policy and reference agree to the bit. What is done is kept beside the cache file now and then:
+/// first step policy and reference agree to the bit (values from the cache of a run with other batches may differ by
+/// rounding). What is done is kept beside the cache file now and then:
 /// a run that is stopped goes on from there.
 pub fn compute(
     model: &Decoder,
