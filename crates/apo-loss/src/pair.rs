@@ -56,7 +56,7 @@ fn smoothed(delta: Tensor<1>, smoothing: f64) -> Tensor<1> {
 
 /// Cross-entropy of the chosen completions, averaged over the tokens of the batch.
 ///
-/// `tokens_per_pair` are the scored tokens of all chosen completions of the batch over its pairs; the mean over the
+/// `tokens_per_pair` are the scored tokens of all chosen completions of the batch (not 0) over its pairs; the mean over the
 /// pairs of what this returns is the token mean, as in TRL.
 pub fn sft(chosen_logps: Tensor<1>, tokens_per_pair: f64) -> Tensor<1> {
     chosen_logps * -tokens_per_pair.recip()

@@ -187,14 +187,13 @@ pub struct Args {
     /// TRL's switch for mixed precision: True is the arithmetic of --dtype bfloat16.
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_missing_value = "true")]
     pub bf16: Option<bool>,
-    /// Keep only the input of each block and compute the block again in the backward pass: much less memory, about
-    /// a quarter more time, the same numbers to the bit. (TRL's default is True.)
+    /// Keep only the input of each block and compute the block again in the backward pass: much less memory, a
+    /// tenth to a fifth more time, the same numbers to the bit. (TRL's default is True.)
     #[arg(long, value_parser = boolean, num_args = 0..=1, default_value = "false", default_missing_value = "true")]
     pub gradient_checkpointing: bool,
     /// Compute as many blocks again as it takes to stay below this, for example 3GB or 2.5GiB, and no more: the same
-    /// numbers to the bit [default: most of what is free at the start, or of a CUDA device's memory; on the CPU less
-    /// where it costs little: the largest micro-batches need no more than computing up to 4 % of the blocks again
-    /// leaves].
+    /// numbers to the bit [default: most of what is free at the start, or of a CUDA device's memory; on the CPU less,
+    /// where that takes at most 4 % more operations of the blocks].
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<bytesize::ByteSize>,
     /// Log targets; the JSON Lines files are always written.

@@ -251,6 +251,12 @@ mod tests {
     }
 
     #[test]
+    fn gradients_that_are_held_count_each() {
+        let [none, two] = [0, 2].map(|held| Cost { held, ..cost() }.peak(100, 3));
+        assert_eq!(two - none, (GAPS * 2.0 * 10_000.0) as usize);
+    }
+
+    #[test]
     fn what_is_computed_again_anyway_has_no_cheap_limit() {
         assert_eq!(Cost { all: true, ..cost() }.cheap_limit(&[100, 200], 3), None);
         assert_eq!(cost().cheap_limit(&[], 3), Some(cost().peak(0, 0)));

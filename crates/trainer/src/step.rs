@@ -341,14 +341,22 @@ mod tests {
 
     /// Metrics and gradients of the first rows of a data set, computed in parts of at most so many tokens.
     fn run(data: &Dataset, model: &Decoder, flags: &str, part: usize) -> (Metrics, Vec<Vec<f32>>, usize) {
+        run_rows(data, &[0, 1, 2, 3, 4, 5, 6, 7], model, flags, part)
+    }
+
+    fn run_rows(
+        data: &Dataset,
+        rows: &[u32],
+        model: &Decoder,
+        flags: &str,
+        part: usize,
+    ) -> (Metrics, Vec<Vec<f32>>, usize) {
         let line = format!("x {flags}");
         let loss = Line::parse_from(line.split_whitespace()).loss.settings().unwrap();
         let mismatched = loss.needs_mismatched().then_some(8);
-        let micro = Micro::new(
-            data,
-            &[0, 1, 2, 3, 4, 5, 6, 7],
-            Scoring { ld_alpha: loss.ld_alpha, mismatched, part },
-        );
+        let scoring = Scoring { ld_alpha: loss.ld_alpha, mismatched, part };
+        let micro = Micro::new(data, rows, scoring);
+        assert!(mismatched.is_none() || (part < usize::MAX) == (micro.mismatched.len() > 1));
         let reference = micro.logps(&model.frozen()).map(|logps| logps.sub_scalar(1.5));
         let backward = Backward { scale: 0.5, again: &|tokens| usize::from(tokens > 250) };
         let (pending, gradients) = micro.run(model, &loss, reference, Some(backward));
@@ -416,6 +424,19 @@ mod tests {
         let dropping = with_adapter(&base, false, 0.3);
         let run = |part| run(&pairs, &dropping, "--loss-type apo_zero", part);
         assert_eq!(run(400).1, run(400).1);
-        assert_ne!(run(400).1, run(usize::MAX).1, "parts drop what the whole does");
+        // Two parts that drop the same would be one.
+        let twice = |part| run_rows(&pairs, &[0, 0], &dropping, "--loss-type apo_zero", part);
+        let [one, two] = [1, usize::MAX].map(|part| twice(part).1);
+        let alone = run_rows(&pairs, &[0], &dropping, "--loss-type apo_zero", 1).1;
+        let apart = |a: &[Vec<f32>]| {
+            a.iter().flatten().zip(alone.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        };
+        let top = alone.iter().flatten().fold(0.0_f32, |top, x| top.max(x.abs()));
+        assert!(
+            apart(&one) > 1e-3 * top && apart(&two) > 1e-3 * top,
+            "{} {} of {top}",
+            apart(&one),
+            apart(&two)
+        );
     }
 }

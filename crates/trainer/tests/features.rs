@@ -18,7 +18,8 @@ fn fixtures() -> PathBuf {
 /// Runs the trainer on a model and a data set into `dir/out`.
 fn train_on(dir: &Path, model: &Path, data: &Path, flags: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
-    command.env("XDG_CACHE_HOME", dir.join("cache")).current_dir(dir);
+    // Each thread has buffers of its own.
+    command.env("XDG_CACHE_HOME", dir.join("cache")).env("RAYON_NUM_THREADS", "2").current_dir(dir);
     command.arg("--model-name-or-path").arg(model).arg("--dataset-name").arg(data);
     let line = "--output-dir out --loss-type apo_zero --logging-steps 1";
     command.args(line.split_whitespace()).args(flags.split_whitespace()).output().unwrap()
@@ -358,6 +359,10 @@ fn larger_run(dir: &Path) {
 fn a_run_takes_the_memory_it_says() {
     let opened = backend::under_test();
     if opened.backend != Backend::Flex {
+        return;
+    }
+    // Other systems do not tell what a process took.
+    if !cfg!(target_os = "linux") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -233,3 +233,16 @@ fn broken_adapters_and_models_are_named() {
     let (code, said) = run(dir.path(), "--max-steps 1 --use-peft --lora-r 1000000000000");
     assert!(code == 2 && said.contains("--lora-r"), "{said}");
 }
+
+#[test]
+fn inspect_shows_tokens_with_their_mask() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = command(dir.path(), "--inspect 2").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.matches("row ").count(), 2);
+    for mask in ["\n- ", "\nboth ", "\nchosen ", "\nrejected "] {
+        assert!(text.contains(mask), "no line with {mask:?}");
+    }
+    assert!(!dir.path().join("out").exists());
+}
