@@ -1,7 +1,7 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of a model, with PEFT's definitions.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use fused_ops::{linear, linear_unused, lora, lora_unused, row_norms, upload};
+use fused_ops::{linear, lora, lora_unused, row_norms, upload};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -9,7 +9,8 @@ use safetensors::Dtype;
 
 use crate::Decoder;
 use crate::layout::Role;
-use crate::model::{Uses, Weight, as_type, single, to_vec};
+use crate::model::{Weight, as_type, single, to_vec};
+use crate::recompute::Uses;
 
 /// Which projections are adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,9 +223,7 @@ impl Lora {
         dropout: Option<Dropout>,
         uses: Uses,
     ) -> Tensor<2> {
-        let Some(adapter) = self.adapters[index] else {
-            return if uses == Uses::Gradient { linear_unused(x, weight) } else { linear(x, weight) };
-        };
+        let Some(adapter) = self.adapters[index] else { return uses.linear(x, weight) };
         let (a, b) = (self.tensor(adapter.a), self.tensor(adapter.b));
         // The gradient of a magnitude takes what it scales.
         if uses == Uses::Gradient && dropout.is_none() && adapter.magnitude.is_none() {

@@ -2,13 +2,14 @@
 
 use burn::tensor::{DType, Device, Tensor, activation};
 use fused_ops::{
-    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, linear_unused,
-    rms_norm, rotary, select,
+    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary,
+    select,
 };
 use safetensors::Dtype;
 
 use crate::layout::{Block, Inner, Projection, Qkv, Role, Structure, lay_out};
 use crate::lora::{Dropout, Lora};
+use crate::recompute::Uses;
 use crate::{Batch, Config, Mlp, Norm, Positions, TokenScores};
 
 /// One named weight. Vectors are held as a single row, so that every weight is a `Tensor<2>`.
@@ -341,7 +342,7 @@ impl Decoder {
     fn project(&self, x: Tensor<2>, p: Projection, uses: Uses) -> Tensor<2> {
         let out = match &self.lora {
             Some(lora) => lora.project(x, self.weight(p.weight), p.weight, self.dropout, uses),
-            None if uses == Uses::Gradient => linear_unused(x, self.weight(p.weight)),
+            None if uses == Uses::Gradient => uses.linear(x, self.weight(p.weight)),
             None => self.product(x, p.weight),
         };
         match p.bias {
@@ -419,15 +420,6 @@ impl Decoder {
             None => logits,
         }
     }
-}
-
-/// What is done with what a block returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Uses {
-    /// It is read.
-    Value,
-    /// It is computed again for its gradients alone, which do not need the value of its last product.
-    Gradient,
 }
 
 /// As 32-bit floats.

@@ -5,10 +5,28 @@
 use std::sync::Arc;
 
 use burn::tensor::{Gradients, Tensor};
-use fused_ops::{HeadOutput, Rotary, Segments, attention};
+use fused_ops::{HeadOutput, Rotary, Segments, attention, linear, linear_unused};
 
-use crate::model::Uses;
 use crate::{Batch, Decoder};
+
+/// What is done with what a block returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Uses {
+    /// It is read.
+    Value,
+    /// It is computed again for its gradients alone, which do not need the value of its last product.
+    Gradient,
+}
+
+impl Uses {
+    /// A product in the graph, with its value where that is read.
+    pub fn linear(self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Value => linear(x, weight),
+            Self::Gradient => linear_unused(x, weight),
+        }
+    }
+}
 
 /// What the backward pass needs.
 pub struct Recompute {

@@ -8,9 +8,10 @@ use pref_data::Dataset;
 use serde_json::{Map, Value};
 
 use crate::metrics::Window;
+use crate::pending::read;
 use crate::references::{References, Split};
 use crate::settings::Settings;
-use crate::step::{Micro, read};
+use crate::step::Micro;
 
 /// Metrics of the test rows with TRL's `eval_` names. As in TRL the loss is a mean over rows and every
 /// other metric a mean over batches; the two differ only when the last batch is smaller.

@@ -25,6 +25,7 @@ mod optimizer;
 mod output;
 mod packing;
 pub mod peft_args;
+mod pending;
 mod plan;
 mod policy;
 mod precision;

@@ -80,19 +80,29 @@ pub fn compute(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use burn::tensor::Device;
     use pref_data::{Bound, Order, Source, Tokenizer, tokenize};
 
+    pub fn fixtures() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+    }
+
+    /// Rows of a fixture with the tokens of tiny-qwen2, which are kept in `dir`.
+    pub fn rows(file: &str, unpaired: bool, dir: &Path) -> Dataset {
+        let model_dir = fixtures().join("models/tiny-qwen2");
+        let tokenizer = Tokenizer::load(&model_dir, None, jiff::civil::DateTime::MIN).unwrap();
+        let source =
+            Source { files: vec![fixtures().join("data").join(file)], unpaired, ..Source::default() };
+        Dataset::whole(tokenize(&source, &tokenizer, dir, &|_| {}).unwrap().set, None)
+    }
+
     #[test]
     fn an_unfinished_pass_goes_on_where_it_was() {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
         let dir = tempfile::tempdir().unwrap();
-        let model_dir = fixtures.join("models/tiny-qwen2");
-        let tokenizer = Tokenizer::load(&model_dir, None, jiff::civil::DateTime::MIN).unwrap();
-        let source = Source { files: vec![fixtures.join("data/clair_mini/test.jsonl")], ..Source::default() };
-        let rows = Dataset::whole(tokenize(&source, &tokenizer, dir.path(), &|_| {}).unwrap().set, None);
+        let model_dir = fixtures().join("models/tiny-qwen2");
+        let rows = rows("clair_mini/test.jsonl", false, dir.path());
         let model = Decoder::load(&model_dir, &Device::flex()).unwrap();
         let batches = Batches::new(&|_| 1, rows.len(), Order::Sequential, Bound::Rows(4), 0, 0);
         let cache = dir.path().join("x.logps");

@@ -4,15 +4,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use apo_loss::{LabelledLogps, PairLogps, kl_estimate, pair_weights};
-use burn::tensor::{Tensor, TensorData, Transaction};
-use decoder::{Decoder, Recompute, TokenScores, add_gradient};
+use burn::tensor::Tensor;
+use decoder::{Decoder, Recompute, add_gradient};
 use fused_ops::{sum_into, upload};
 use pref_data::{Dataset, Packed, PairTokens, Side, kl_rows};
 use tracing::trace_span;
 
 use crate::loss::{LossSettings, Winners};
-use crate::metrics::{self, Metrics, PairValues, RowValues};
 use crate::packing::{Packing, Scored, Scoring, divide};
+use crate::pending::{Pending, floats};
 
 /// Reference log-probabilities of a row: of its two completions, or of its one completion and of the
 /// mismatched one.
@@ -230,49 +230,6 @@ fn pair_weights_of(packed: &Packed, scored: &Scored) -> Tensor<1> {
     alongside(weights, &scored.chosen)
 }
 
-/// Metrics of a micro-batch that are still on the device.
-pub struct Pending {
-    /// The loss, values of each token, log-probabilities of each row, then the reference's of pairs, or the reference's
-    /// and the divergence.
-    tensors: Vec<Tensor<1>>,
-    sides: Vec<Side>,
-    labels: Vec<bool>,
-    beta: f64,
-}
-
-impl Pending {
-    fn metrics(self, mut values: impl Iterator<Item = Vec<f32>>) -> Metrics {
-        let mut next = || values.next().unwrap_or_default();
-        let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |&value| f64::from(value));
-        let loss = first(next());
-        let tokens = TokenScores::new(next(), &next());
-        if self.labels.is_empty() {
-            let (chosen, rejected, ref_chosen, ref_rejected) = (next(), next(), next(), next());
-            let reference = ref_chosen.into_iter().zip(ref_rejected).map(|(a, b)| [a, b]).collect();
-            let values = PairValues { loss, chosen, rejected, reference };
-            return metrics::of_pairs(&values, &tokens, &self.sides, self.beta);
-        }
-        let (logps, reference, kl) = (next(), next(), first(next()));
-        let values = RowValues { loss, kl, logps, reference, labels: self.labels };
-        metrics::of_rows(&values, &tokens, &self.sides, self.beta)
-    }
-}
-
-/// Metrics of micro-batches and the values of `more`, `[1]` each, read from the device in one go.
-pub fn read(pending: Vec<Pending>, more: Vec<Tensor<1>>) -> (Vec<Metrics>, Vec<f64>) {
-    let tensors = pending.iter().flat_map(|one| one.tensors.iter().cloned()).chain(more);
-    let all = tensors.fold(Transaction::default(), Transaction::register);
-    let mut values = all.execute().into_iter().map(floats);
-    let metrics = pending
-        .into_iter()
-        .map(|one| {
-            let count = one.tensors.len();
-            one.metrics(values.by_ref().take(count))
-        })
-        .collect();
-    (metrics, values.map(|value| value.first().map_or(f64::NAN, |&v| f64::from(v))).collect())
-}
-
 /// Log-probabilities of rows on the host.
 pub fn to_host(logps: RefTensors) -> Vec<RefLogps> {
     let [first, second] = logps.map(|tensor| floats(tensor.into_data()));
@@ -318,20 +275,16 @@ fn flat(tensor: Tensor<2>) -> Tensor<1> {
     tensor.reshape([rows * cols])
 }
 
-fn floats(data: TensorData) -> Vec<f32> {
-    data.try_into_vec_as::<f32>().expect("a float tensor converts to f32")
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use clap::Parser;
     use decoder::{Lora, LoraSettings, Targets};
-    use pref_data::{Source, Tokenizer, tokenize};
 
     use super::*;
     use crate::loss_args::LossArgs;
+    use crate::metrics::Metrics;
+    use crate::pending::read;
+    use crate::reference;
 
     #[derive(Parser)]
     struct Line {
@@ -375,16 +328,10 @@ mod tests {
 
     #[test]
     fn parts_have_the_losses_metrics_and_gradients_of_the_whole() {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
-        let dir = tempfile::tempdir().unwrap();
-        let model_dir = fixtures.join("models/tiny-qwen2");
-        let tokenizer = Tokenizer::load(&model_dir, None, jiff::civil::DateTime::MIN).unwrap();
-        let data = |name: &str, unpaired: bool| {
-            let files = vec![fixtures.join("data").join(name).join("train.jsonl")];
-            let source = Source { files, unpaired, ..Source::default() };
-            Dataset::whole(tokenize(&source, &tokenizer, dir.path(), &|_| {}).unwrap().set, None)
-        };
-        let (pairs, rows) = (data("clair_mini", false), data("clair_mini", true));
+        let (dir, model_dir) =
+            (tempfile::tempdir().unwrap(), reference::tests::fixtures().join("models/tiny-qwen2"));
+        let [pairs, rows] = [false, true]
+            .map(|unpaired| reference::tests::rows("clair_mini/train.jsonl", unpaired, dir.path()));
         let opened = backend::under_test();
         let tolerance = 1e-5 * opened.backend.tolerance().training;
         let base = Decoder::load(&model_dir, &opened.device).unwrap();

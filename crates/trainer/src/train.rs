@@ -19,13 +19,14 @@ use crate::logs::{Logs, Progress};
 use crate::memory::MemoryPlan;
 use crate::metrics::Window;
 use crate::optimizer::{Optimizer, Options};
+use crate::pending::read;
 use crate::plan::Plan;
 use crate::references::{References, Split};
 use crate::run::say;
 use crate::samples::Samples;
 use crate::schedule;
 use crate::settings::{Every, Settings};
-use crate::step::{Backward, Micro, read};
+use crate::step::{Backward, Micro};
 
 /// Set by Ctrl-C: the run saves a checkpoint after the current step and ends.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
