@@ -68,8 +68,12 @@ pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
 
 /// Builds and runs a binary that must succeed.
 pub fn must(binary: &str, args: &[String]) -> Result<()> {
-    let path = build_with(binary, &Build::for_arguments(args)?)?;
+    succeed(&build_with(binary, &Build::for_arguments(args)?)?, args)
+}
+
+/// Runs a program that must succeed.
+pub fn succeed(path: &Path, args: &[String]) -> Result<()> {
     let status =
-        Command::new(&path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
-    if status.success() { Ok(()) } else { bail!("{binary} {} failed ({status})", args.join(" ")) }
+        Command::new(path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
+    if status.success() { Ok(()) } else { bail!("{} {} failed ({status})", path.display(), args.join(" ")) }
 }

@@ -1,27 +1,31 @@
 //! `ci`: what CI runs, cheapest checks first.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
 use crate::backends::Build;
-use crate::cargo::{cargo, root};
+use crate::cargo::{cargo, root, succeed};
 use crate::{demo, report, tidy};
 
 /// Crates whose results depend on the backend.
 const COMPUTING: [&str; 6] = ["fused-ops", "apo-loss", "decoder", "backend", "trainer", "eval"];
 
-/// `ci`: every check on the default backend. `ci --backend LIST`: the tests of everything that computes, on each of
-/// these backends in one build. The first failure ends it.
+/// The packages and profile of every command.
+const PLAIN: [&str; 3] = ["--workspace", "--release", "--locked"];
+
+/// `ci`: every check on the default backend. `ci --backend LIST`: one build with these backends, and on each of them
+/// the tests of everything that computes; with flex among them, every check. The first failure ends it.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
     match args {
-        [] => all_checks()?,
+        [] => Lane::of(vec!["flex"], false)?.run()?,
         [flag, list, rest @ ..] if flag == "--backend" && (rest.is_empty() || rest == ["--all"]) => {
-            let names: Vec<&str> = list.split(',').collect();
-            on_backends(&names, !rest.is_empty())?;
+            Lane::of(list.split(',').collect(), !rest.is_empty())?.run()?;
         }
         _ => bail!("usage: cargo xtask ci [--backend NAME,NAME [--all]]"),
     }
@@ -29,83 +33,120 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tests, and the demo, on each of the backends.
-fn on_backends(names: &[&str], all: bool) -> Result<()> {
-    let build = Build::of(names)?;
-    let packages: Vec<&str> = COMPUTING.iter().flat_map(|name| ["--package", name]).collect();
-    let features = build.feature_flags(&COMPUTING);
-    let base: Vec<&str> = packages.into_iter().chain(features.iter().map(String::as_str)).collect();
-    let target = build.target.display().to_string();
-    let shared = [base.as_slice(), &["--release", "--locked", "--target-dir", &target]].concat();
-    let environment = |backend: &str| {
-        let mut set = build.environment.clone();
+/// What is checked: backends in one build, since each build compiles everything.
+struct Lane<'a> {
+    names: Vec<&'a str>,
+    all: bool,
+    build: Build,
+}
+
+impl<'a> Lane<'a> {
+    fn of(names: Vec<&'a str>, all: bool) -> Result<Self> {
+        Ok(Self { build: Build::of(&names)?, names, all })
+    }
+
+    fn run(&self) -> Result<()> {
+        let whole = self.names.contains(&"flex");
+        if whole {
+            step("tidy", tidy::check)?;
+            step("fmt", || checked(&["fmt", "--all"], &["--check"], &[]))?;
+            step("clippy", || {
+                checked(&[&["clippy"], &PLAIN[..], &["--all-targets"]].concat(), &["-D", "warnings"], &[])
+            })?;
+            // With the features that users build by default, and what clippy left of the dependencies.
+            step("docs", || checked(&[&["doc"], &PLAIN[..], &["--no-deps"]].concat(), &[], &[]))?;
+        }
+        // It compiles the dependencies once more.
+        if self.all && !self.build.is_default {
+            step("clippy with these backends", || {
+                self.cargo("clippy", &["--all-targets"], &["-D", "warnings"], self.names[0])
+            })?;
+        }
+        for &name in &self.names {
+            step(&format!("tests on {name}"), || {
+                tests_of(name, self.all)?.iter().try_for_each(|tests| {
+                    let tests: Vec<&str> = tests.iter().map(String::as_str).collect();
+                    self.cargo("test", &tests, &[], name)
+                })
+            })?;
+        }
+        if whole { step("demo", || self.check_demo()) } else { Ok(()) }
+    }
+
+    /// A command of cargo on the whole workspace, always with the same features: other packages would be other
+    /// features of what they share, and another build.
+    fn cargo(&self, command: &str, args: &[&str], after: &[&str], backend: &str) -> Result<()> {
+        let features = self.build.feature_flags(&COMPUTING);
+        let target = self.build.target.display().to_string();
+        let features: Vec<&str> = features.iter().map(String::as_str).collect();
+        let all = [&[command], &PLAIN[..], &features, &["--target-dir", &target], args].concat();
+        checked(&all, after, &self.environment(backend))
+    }
+
+    fn environment(&self, backend: &str) -> Vec<(&'static str, OsString)> {
+        let mut set = self.build.environment.clone();
         set.push(("CLAIR_BACKEND", backend.into()));
+        if backend == "tch" && std::env::var_os("OMP_NUM_THREADS").is_none() {
+            // Tests run beside each other, one for each core: more threads of LibTorch wait for one another, spinning.
+            set.push(("OMP_NUM_THREADS", "1".into()));
+        }
         if backend == "wgpu" {
             // Kernels of a software adapter are compiled once, and not in each of the tests' processes.
-            set.push(("MESA_SHADER_CACHE_DIR", build.target.join("shaders").into()));
+            set.push(("MESA_SHADER_CACHE_DIR", self.build.target.join("shaders").into()));
             if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
                 set.push(("XDG_RUNTIME_DIR", std::env::temp_dir().into()));
             }
         }
         set
-    };
-    // It compiles everything once more: a third of the lane's time.
-    if all {
-        step("clippy", || {
-            let args = [&["clippy"], shared.as_slice(), &["--all-targets"]].concat();
-            checked(&args, &["-D", "warnings"], &environment(names[0]))
-        })?;
     }
-    for name in names {
-        step(&format!("tests on {name}"), || {
-            tests_of(name, all).into_iter().try_for_each(|tests| {
-                checked(&[&["test"], shared.as_slice(), tests].concat(), &[], &environment(name))
-            })
-        })?;
+
+    /// The demo, with the binaries of the tests, must show what the README says of it.
+    fn check_demo(&self) -> Result<()> {
+        let model = root().join("datasets/demo/model").display().to_string();
+        let built =
+            |name: &str| self.build.target.join(format!("release/{name}{}", std::env::consts::EXE_SUFFIX));
+        let must = |name: &str, args: &[String]| succeed(&built(name), args);
+        let score = demo::run_demo(&model, &root().join("target/ci-demo"), &must)?;
+        match demo::shows_improvement(&score) {
+            Some([true, true, true]) => Ok(()),
+            other => bail!("the demo does not show what it should (accuracy, margin, winners): {other:?}"),
+        }
     }
-    Ok(())
 }
 
-/// Arguments of the test commands of a backend. On a software adapter of Vulkan every process compiles its kernels
-/// anew and a step takes seconds: there one set of trajectories is run instead of all, and none of the tests of the
-/// trainer's files and flags, in which the backend has no part. `--all` runs everything.
-fn tests_of(backend: &str, all: bool) -> Vec<&'static [&'static str]> {
-    if backend != "wgpu" || all {
-        return vec![&[]];
+/// Arguments of the test commands of a backend: all tests on the default one, those of what computes on another. On a
+/// software adapter of Vulkan every process compiles its kernels anew and a step takes seconds: there one set of
+/// trajectories is run instead of all, and none of the tests of the trainer's files and flags, in which the backend
+/// has no part. `--all` runs everything.
+fn tests_of(backend: &str, all: bool) -> Result<Vec<Vec<String>>> {
+    const SHORT: [&str; 7] =
+        ["kernels", "generation", "values", "families", "packing", "reference", "commands"];
+    let strings = |args: &[&str]| args.iter().map(ToString::to_string).collect::<Vec<_>>();
+    if backend == "flex" || all {
+        return Ok(vec![Vec::new()]);
     }
-    vec![
-        &[
-            "--lib",
-            "--bins",
-            "--test",
-            "kernels",
-            "--test",
-            "generation",
-            "--test",
-            "values",
-            "--test",
-            "families",
-            "--test",
-            "packing",
-            "--test",
-            "reference",
-            "--test",
-            "commands",
-        ],
-        &["--test", "trajectories", "apo_zero_on_every_family"],
-    ]
+    let short = backend == "wgpu";
+    let mut chosen = strings(&["--lib", "--bins"]);
+    for name in integration_tests()?.into_iter().filter(|name| !short || SHORT.contains(&name.as_str())) {
+        chosen.extend(["--test".into(), name]);
+    }
+    let one = strings(&["--test", "trajectories", "apo_zero_on_every_family"]);
+    Ok(if short { vec![chosen, one] } else { vec![chosen] })
 }
 
-fn all_checks() -> Result<()> {
-    step("tidy", tidy::check)?;
-    step("fmt", || checked(&["fmt", "--all"], &["--check"], &[]))?;
-    let release = ["--workspace", "--release", "--locked"];
-    step("clippy", || {
-        checked(&[&["clippy"], release.as_slice(), &["--all-targets"]].concat(), &["-D", "warnings"], &[])
-    })?;
-    step("tests", || checked(&[&["test"], release.as_slice()].concat(), &[], &[]))?;
-    step("docs", || checked(&[&["doc"], release.as_slice(), &["--no-deps"]].concat(), &[], &[]))?;
-    step("demo", check_demo)
+/// Names of the integration tests of the crates that compute.
+fn integration_tests() -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for package in COMPUTING {
+        let dir = root().join("crates").join(package).join("tests");
+        for entry in fs::read_dir(&dir).into_iter().flatten() {
+            let path = entry.with_context(|| dir.display().to_string())?.path();
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    Ok(names)
 }
 
 fn step(name: &str, check: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -124,14 +165,4 @@ fn checked(args: &[&str], after: &[&str], environment: &[(&str, OsString)]) -> R
     command.env("RUSTDOCFLAGS", "-D warnings").envs(environment.iter().map(|(name, value)| (name, value)));
     let status = command.status().context("cannot run cargo")?;
     if status.success() { Ok(()) } else { bail!("cargo {} ended with {status}", args.join(" ")) }
-}
-
-/// The demo must show what the README says of it.
-fn check_demo() -> Result<()> {
-    let model = root().join("datasets/demo/model").display().to_string();
-    let score = demo::run_demo(&model, &root().join("target/ci-demo"))?;
-    match demo::shows_improvement(&score) {
-        Some([true, true, true]) => Ok(()),
-        other => bail!("the demo does not show what it should (accuracy, margin, winners): {other:?}"),
-    }
 }

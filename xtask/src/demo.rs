@@ -28,17 +28,17 @@ pub fn demo(args: &[String]) -> Result<ExitCode> {
         [flag, model] if flag == "--model" => model.clone(),
         _ => bail!("usage: cargo xtask demo [--model DIR]"),
     };
-    run_demo(&model, Path::new(RUNS))?;
+    run_demo(&model, Path::new(RUNS), &must)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the loop into `out`; returns the scores.
-pub fn run_demo(model: &str, out: &Path) -> Result<Value> {
+/// Runs the loop into `out`, each binary by `must`; returns the scores.
+pub fn run_demo(model: &str, out: &Path, must: &dyn Fn(&str, &[String]) -> Result<()>) -> Result<Value> {
     let at = |name: &str| out.join(name).display().to_string();
     let started = Instant::now();
     report("1/3 a teacher's recorded replies become preference pairs");
-    pairs("", &at("pairs"))?;
-    pairs("heldout_", &at("heldout"))?;
+    pairs("", &at("pairs"), must)?;
+    pairs("heldout_", &at("heldout"), must)?;
     report(&format!("2/3 {model} is trained on them with apo_zero"));
     must("trainer", &train_args(model, &at("pairs"), &at("model")))?;
     report("3/3 the trained model is measured on pairs it has not seen");
@@ -94,7 +94,7 @@ fn verdict(score: &Value) -> String {
     )
 }
 
-fn pairs(prefix: &str, out: &str) -> Result<()> {
+fn pairs(prefix: &str, out: &str, must: &dyn Fn(&str, &[String]) -> Result<()>) -> Result<()> {
     let (input, replay) = (data(&format!("{prefix}answers.jsonl")), data(&format!("{prefix}replies.jsonl")));
     must("clair-gen", &strings(&["--input", &input, "--replay", &replay, "--out", out]))
 }
@@ -131,8 +131,8 @@ pub fn generate() -> Result<ExitCode> {
         "no flags: the bundled answers and recorded replies become {RUNS}/pairs and {RUNS}/heldout"
     ));
     report("with your own: cargo xtask generate-clair --input F --out DIR --endpoint URL --model NAME");
-    pairs("", &format!("{RUNS}/pairs"))?;
-    pairs("heldout_", &format!("{RUNS}/heldout"))?;
+    pairs("", &format!("{RUNS}/pairs"), &must)?;
+    pairs("heldout_", &format!("{RUNS}/heldout"), &must)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -20,7 +20,7 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 cargo xtask demo [--model DIR]        the whole loop on bundled data: revise, train, evaluate, report
 cargo xtask ci                        fmt, clippy, tests, docs, tidy and the demo
-cargo xtask ci --backend tch,wgpu     the same tests on other backends; CI runs both commands
+cargo xtask ci --backend flex,tch,wgpu    and the tests on other backends, in one build: what CI runs
 
 cargo xtask sample --help             answers of a model to a file of prompts
 cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers
