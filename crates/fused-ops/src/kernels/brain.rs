@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::panel::{Element, Rows, WIDTH, check};
+use super::panel::{Element, Rows, WIDTH, ahead, check};
 use super::simd::{CHUNK, wide};
 
 /// This processor multiplies pairs of 16-bit floats and sums them in 32 bits.
@@ -103,6 +103,17 @@ impl Element for bf16 {
         // SAFETY: as the caller's.
         unsafe { widened(a, b, b_stride, c, stride, add) }
     }
+
+    unsafe fn rounded_product(a: Rows<bf16>, b: &[bf16], c: *mut bf16, stride: usize, add: bool) -> bool {
+        check(&a, b, WIDTH);
+        #[cfg(target_arch = "x86_64")]
+        if has_narrow_products() {
+            // SAFETY: as above.
+            unsafe { narrow::product(a, b.as_ptr().cast(), WIDTH, c, stride, add) };
+            return true;
+        }
+        false
+    }
 }
 
 /// The same product in 32 bits.
@@ -126,14 +137,56 @@ unsafe fn widened(a: Rows<bf16>, b: &[bf16], b_stride: usize, c: *mut f32, strid
 #[cfg(target_arch = "x86_64")]
 mod narrow {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-        _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps,
+        _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
     };
     use std::mem::transmute;
 
     use half::bf16;
 
-    use super::Rows;
+    use super::{Rows, ahead};
+
+    /// What sums are written as.
+    pub trait Sums {
+        /// Those of a row and a panel, or added to what is there.
+        ///
+        /// # Safety
+        /// The processor has the instructions; all of them have a place.
+        unsafe fn put(to: *mut Self, sums: [__m512; 2], add: bool);
+    }
+
+    impl Sums for f32 {
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        unsafe fn put(to: *mut f32, [left, right]: [__m512; 2], add: bool) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                for (to, sums) in [(to, left), (to.add(16), right)] {
+                    let sums = if add { _mm512_add_ps(_mm512_loadu_ps(to), sums) } else { sums };
+                    _mm512_storeu_ps(to, sums);
+                }
+            }
+        }
+    }
+
+    impl Sums for bf16 {
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        unsafe fn put(to: *mut bf16, [mut left, mut right]: [__m512; 2], add: bool) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if add {
+                    for (from, sums) in [(to, &mut left), (to.add(16), &mut right)] {
+                        let single = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                        *sums = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(single)), *sums);
+                    }
+                }
+                _mm512_storeu_si512(
+                    to.cast(),
+                    transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(right, left)),
+                );
+            }
+        }
+    }
 
     /// Operands of [`tile`]; pairs of values are read as one number.
     struct Operands {
@@ -148,11 +201,11 @@ mod narrow {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub unsafe fn product(
+    pub unsafe fn product<C: Sums>(
         a: Rows<bf16>,
         b: *const i32,
         b_stride: usize,
-        c: *mut f32,
+        c: *mut C,
         stride: usize,
         add: bool,
     ) {
@@ -166,7 +219,7 @@ mod narrow {
                         let groups = a.k.div_ceil(2);
                         let (a_stride, a_group) = (a.stride, a.group);
                         let x = Operands { a: first, a_stride, a_group, groups, b, b_stride, stride, add };
-                        tile::<$rows>(&x, c.add(row * stride));
+                        tile::<$rows, C>(&x, c.add(row * stride));
                         row += $rows;
                     }
                 };
@@ -181,16 +234,12 @@ mod narrow {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn tile<const M: usize>(x: &Operands, c: *mut f32) {
+    unsafe fn tile<const M: usize, C: Sums>(x: &Operands, c: *mut C) {
         // SAFETY: as the caller's.
         unsafe {
             let mut sums: [[__m512; 2]; M] = [[_mm512_setzero_ps(); 2]; M];
-            if x.add {
-                for i in 0..M {
-                    for j in 0..2 {
-                        sums[i][j] = _mm512_loadu_ps(c.add(i * x.stride + 16 * j));
-                    }
-                }
+            for i in 0..M {
+                ahead(c.add(i * x.stride).cast());
             }
             for k in 0..x.groups {
                 let columns = x.b.add(k * x.b_stride);
@@ -205,9 +254,7 @@ mod narrow {
                 }
             }
             for i in 0..M {
-                for j in 0..2 {
-                    _mm512_storeu_ps(c.add(i * x.stride + 16 * j), sums[i][j]);
-                }
+                C::put(c.add(i * x.stride), sums[i], x.add);
             }
         }
     }

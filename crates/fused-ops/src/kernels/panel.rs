@@ -61,6 +61,15 @@ pub trait Element: burn::tensor::Element + bytemuck::Pod {
     /// # Safety
     /// `c` must be writable for all rows and columns, and nothing else may access those.
     unsafe fn product(a: Rows<Self>, b: &[Self], b_stride: usize, c: *mut f32, stride: usize, add: bool);
+
+    /// The same in the type of the operands, with a panel that has no gaps, where the processor rounds sums by itself;
+    /// elsewhere false, and nothing is written.
+    ///
+    /// # Safety
+    /// As for [`Element::product`].
+    unsafe fn rounded_product(_: Rows<Self>, _: &[Self], _: *mut Self, _: usize, _: bool) -> bool {
+        false
+    }
 }
 
 /// Panics where operands are too short.
@@ -74,6 +83,26 @@ pub fn check<T: Element>(a: &Rows<T>, b: &[T], b_stride: usize) {
         groups == 0 || ((groups - 1) * b_stride + WIDTH) * T::GROUP <= b.len(),
         "the panel ends too early"
     );
+}
+
+/// Has the places of a row's results, one of a panel, brought to the first-level cache while they are computed: they
+/// are read, if they are, and written only afterwards.
+#[inline(always)]
+pub fn ahead(row: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let row = row.cast::<i8>();
+        // SAFETY: a hint, which reads nothing.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(row);
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(64));
+            // Rows start at any element.
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * WIDTH - 1));
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }
 
 impl Element for f32 {
@@ -192,12 +221,8 @@ impl Product<'_> {
             let c = self.c.add(row * self.stride);
             let vector = |from: *const f32| from.cast::<S::f32s>().read_unaligned();
             let mut sums = [[simd.splat_f32s(0.0); V]; M];
-            if self.add {
-                for i in 0..M {
-                    for j in 0..V {
-                        sums[i][j] = vector(c.add(i * self.stride + j * S::F32_LANES));
-                    }
-                }
+            for i in 0..M {
+                ahead(c.add(i * self.stride));
             }
             for k in 0..self.a.k {
                 let mut columns = [simd.splat_f32s(0.0); V];
@@ -214,7 +239,8 @@ impl Product<'_> {
             for i in 0..M {
                 for j in 0..V {
                     let to = c.add(i * self.stride + j * S::F32_LANES);
-                    to.cast::<S::f32s>().write_unaligned(sums[i][j]);
+                    let sum = if self.add { simd.add_f32s(vector(to), sums[i][j]) } else { sums[i][j] };
+                    to.cast::<S::f32s>().write_unaligned(sum);
                 }
             }
         }

@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)]
 
+use std::any::TypeId;
 use std::ops::Range;
 
 use half::bf16;
@@ -219,15 +220,37 @@ impl<T: Element> Buffers<T> {
         let width = (place.stride - place.column).min(WIDTH);
         // SAFETY: these are the caller's places.
         let to = unsafe { dst.add(of.start * place.stride + place.column) };
-        let straight = O::SINGLE && F::PLAIN && width == WIDTH;
+        let whole = F::PLAIN && width == WIDTH;
+        if whole && TypeId::of::<O>() == TypeId::of::<T>() {
+            let mut to = to.cast::<T>();
+            // SAFETY: `T` is `O`.
+            let rounded = unsafe {
+                each(a, &self.tiles, of, deep, |rows| {
+                    let done = T::rounded_product(rows, b, to, place.stride, place.add);
+                    to = to.add(rows.count * place.stride);
+                    done
+                })
+            };
+            if rounded {
+                return;
+            }
+        }
+        let straight = O::SINGLE && whole;
         let (c, stride) = if straight {
             (to.cast::<f32>(), place.stride)
         } else {
             self.products.resize(of.len() * WIDTH, 0.0);
             (self.products.as_mut_ptr(), WIDTH)
         };
-        // SAFETY: `c` has room for all rows.
-        unsafe { products(a, &self.tiles, of, deep, b, (c, stride), straight && place.add) };
+        let mut to_rows = c;
+        each(a, &self.tiles, of, deep, |rows| {
+            // SAFETY: `c` has room for all rows.
+            unsafe {
+                T::product(rows, b, WIDTH, to_rows, stride, straight && place.add);
+                to_rows = to_rows.add(rows.count * stride);
+            }
+            true
+        });
         if straight {
             return;
         }
@@ -253,29 +276,23 @@ impl<T: Element> Buffers<T> {
     }
 }
 
-/// Products of rows with one panel.
-unsafe fn products<T: Element>(
+/// Rows `of` and summed elements `deep` of `a`, or tiles of them, one after the other until `product` returns false.
+fn each<T: Element>(
     a: Option<Mat<T>>,
     tiles: &[T],
     of: &Range<usize>,
     deep: &Range<usize>,
-    b: &[T],
-    (to, stride): (*mut f32, usize),
-    add: bool,
-) {
+    mut product: impl FnMut(Rows<T>) -> bool,
+) -> bool {
     let k = deep.len();
     if let Some(a) = a {
         let data = &a.data[of.start * a.row + deep.start..];
-        let a = Rows { data, stride: a.row, group: T::GROUP, count: of.len(), k };
-        // SAFETY: the caller's promise.
-        return unsafe { T::product(a, b, WIDTH, to, stride, add) };
+        return product(Rows { data, stride: a.row, group: T::GROUP, count: of.len(), k });
     }
-    for (i, data) in tiles.chunks_exact(TILE * k.next_multiple_of(T::GROUP)).enumerate() {
+    tiles.chunks_exact(TILE * k.next_multiple_of(T::GROUP)).enumerate().all(|(i, data)| {
         let count = (of.len() - i * TILE).min(TILE);
-        let a = Rows { data, stride: T::GROUP, group: TILE * T::GROUP, count, k };
-        // SAFETY: the caller's promise.
-        unsafe { T::product(a, b, WIDTH, to.add(i * TILE * stride), stride, add) };
-    }
+        product(Rows { data, stride: T::GROUP, group: TILE * T::GROUP, count, k })
+    })
 }
 
 #[cfg(test)]
