@@ -7,6 +7,7 @@
 mod adapter;
 mod arch;
 mod batch;
+mod block;
 mod checkpoint;
 mod config;
 mod cost;

@@ -1,16 +1,13 @@
 //! The decoder: shared blocks over a flat list of weights.
 
-use burn::tensor::{DType, Device, Tensor, activation};
-use fused_ops::{
-    HeadOutput, Packed, Rotary, activate, attention, gated, head, layer_norm, linear, rms_norm, rotary,
-    select,
-};
+use burn::tensor::{DType, Device, Tensor};
+use fused_ops::{HeadOutput, Packed, Rotary, attention, head, layer_norm, linear, rms_norm, select};
 use safetensors::Dtype;
 
-use crate::layout::{Block, Inner, Projection, Qkv, Role, Structure, lay_out};
+use crate::layout::{Projection, Role, Structure, lay_out};
 use crate::lora::{Dropout, Lora};
 use crate::recompute::Uses;
-use crate::{Batch, Config, Mlp, Norm, Positions, TokenScores};
+use crate::{Batch, Config, Norm, Positions, TokenScores};
 
 /// One named weight. Vectors are held as a single row, so that every weight is a `Tensor<2>`.
 #[derive(Debug, Clone)]
@@ -279,67 +276,11 @@ impl Decoder {
         }
     }
 
-    /// One block. Where its value is not used, what it returns is not its value.
-    pub(crate) fn block(
-        &self,
-        layer: usize,
-        x: Tensor<2>,
-        tables: &[Rotary],
-        uses: Uses,
-        attend: impl FnOnce(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>,
-    ) -> Tensor<2> {
-        let block = &self.structure.blocks[layer];
-        let [mut q, mut k, v] = self.qkv(self.normed(x.clone(), block.attention_norm), block);
-        if let Some([q_norm, k_norm]) = block.qk_norm {
-            (q, k) = (self.rms(q, q_norm), self.rms(k, k_norm));
-        }
-        if let Some(rope) = self.config.layers[layer].rope {
-            (q, k) = (rotary(q, &tables[rope]), rotary(k, &tables[rope]));
-        }
-        let attended = self.project(attend(q, k, v), block.out, Uses::Value);
-        let residual = |part, norm| scaled(single(self.norm(part, norm)), self.config.residual_scale);
-        let x = x + residual(attended, block.attention_post_norm);
-        let inner = self.feed_forward(self.normed(x.clone(), block.mlp_norm), block);
-        // The gradient of a norm takes its input.
-        let uses = if block.mlp_post_norm.is_some() { Uses::Value } else { uses };
-        x + residual(self.project(inner, block.down, uses), block.mlp_post_norm)
-    }
-
-    fn qkv(&self, x: Tensor<2>, block: &Block) -> [Tensor<2>; 3] {
-        match block.qkv {
-            Qkv::Separate(parts) => parts.map(|part| self.project(x.clone(), part, Uses::Value)),
-            Qkv::Fused(all) => {
-                let (all, heads) = (self.project(x, all, Uses::Value), self.config.heads);
-                let (query, kv) = (heads.query * heads.dim, heads.kv * heads.dim);
-                let part = |start, size| all.clone().narrow(1, start, size);
-                [part(0, query), part(query, kv), part(query + kv, kv)]
-            }
-        }
-    }
-
-    /// Inner features of the feed-forward network.
-    fn feed_forward(&self, x: Tensor<2>, block: &Block) -> Tensor<2> {
-        let project = |x: Tensor<2>, p| self.project(x, p, Uses::Value);
-        match (block.inner, self.config.mlp) {
-            (Inner::Plain(up), Mlp::Plain(kind)) => activate(project(x, up), kind),
-            (Inner::Gated([gate, up]), Mlp::Gated(kind)) => {
-                gated(project(x.clone(), gate), project(x, up), kind)
-            }
-            (Inner::Fused(both), Mlp::Gated(kind)) => {
-                let (both, width) = (project(x, both), self.config.intermediate);
-                gated(both.clone().narrow(1, 0, width), both.narrow(1, width, width), kind)
-            }
-            (Inner::Plain(up) | Inner::Fused(up) | Inner::Gated([_, up]), _) => {
-                activation::relu(project(x, up))
-            }
-        }
-    }
-
     fn weight(&self, index: usize) -> Tensor<2> {
         self.weights[index].tensor.clone()
     }
 
-    fn project(&self, x: Tensor<2>, p: Projection, uses: Uses) -> Tensor<2> {
+    pub(crate) fn project(&self, x: Tensor<2>, p: Projection, uses: Uses) -> Tensor<2> {
         let out = match &self.lora {
             Some(lora) => lora.project(x, self.weight(p.weight), p.weight, self.dropout, uses),
             None if uses == Uses::Gradient => uses.linear(x, self.weight(p.weight)),
@@ -361,14 +302,14 @@ impl Decoder {
         }
     }
 
-    fn rms(&self, x: Tensor<2>, weight: usize) -> Tensor<2> {
+    pub(crate) fn rms(&self, x: Tensor<2>, weight: usize) -> Tensor<2> {
         let weight = self.weight(weight);
         let weight = if self.config.norm == Norm::RmsPlusOne { weight + 1.0 } else { weight };
         rms_norm(x, weight, self.config.eps)
     }
 
     /// A norm, where the family has one.
-    fn norm(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
+    pub(crate) fn norm(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
         match norm {
             None => x,
             Some(Projection { weight, bias: None }) => self.rms(x, weight),
@@ -379,7 +320,7 @@ impl Decoder {
     }
 
     /// A norm of the residual stream, as input of a projection.
-    fn normed(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
+    pub(crate) fn normed(&self, x: Tensor<2>, norm: Option<Projection>) -> Tensor<2> {
         as_type(self.norm(x, norm), self.compute)
     }
 
@@ -432,7 +373,7 @@ pub(crate) fn as_type(x: Tensor<2>, dtype: DType) -> Tensor<2> {
     if x.dtype() == dtype { x } else { fused_ops::cast(x, dtype.into()) }
 }
 
-fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
+pub(crate) fn scaled(x: Tensor<2>, factor: f32) -> Tensor<2> {
     if factor == 1.0 { x } else { x * factor }
 }
 

@@ -192,6 +192,22 @@ impl FusedOps for Flex {
         typed!(x, T => like(elementwise::scaled::<T>(x.storage(), scale), &x))
     }
 
+    fn added(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+        let (whole, b) = (flat(&a), flat(&b));
+        // The last one to hold the values writes them in place.
+        drop(a);
+        let mut a = whole;
+        typed!(b, T => elementwise::add::<T>(a.storage_mut(), b.storage()));
+        a
+    }
+
+    fn joined(x: FlexTensor, update: FlexTensor) -> FlexTensor {
+        let (x, update) = (flat(&x), flat(&update));
+        typed!(x, T => typed!(update, U => {
+            like(elementwise::sum::<T, U>(x.storage(), update.storage()), &x)
+        }))
+    }
+
     fn linear_onto(base: FlexTensor, x: FlexTensor, w: FlexTensor) -> FlexTensor {
         let (x, w) = (flat(&x), flat(&w));
         let ([tokens, inner], [outer, _]) = (dims(&x), dims(&w));

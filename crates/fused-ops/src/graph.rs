@@ -3,7 +3,11 @@
 //! Norms, activations and narrowing casts are cheap: what they return is not kept for the products that take it, but computed again from
 //! their inputs when a weight's gradient needs it (Burn's memory-bound nodes, whatever the strategy of the tape).
 
+mod branches;
+mod products;
+
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -120,61 +124,6 @@ fn in_type<B: FusedOps>(gradient: FloatTensor<B>, dtype: DType) -> FloatTensor<B
     if gradient.dtype() == dtype { gradient } else { B::fused_cast(gradient, dtype.into()) }
 }
 
-/// A weight that is not trained has no gradient: none is computed, and what it would need is not kept.
-#[derive(Debug)]
-struct Linear;
-
-impl<B: FusedOps> Backward<B, 2> for Linear {
-    /// The input, kept or computed again for the weight's gradient, the weight, kept for the input's, and the weight's
-    /// data type.
-    type State = (Option<NodeId>, Option<FloatTensor<B>>, DType);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, kept: &mut Checkpointer) {
-        let _span = trace_span!("Linear backward").entered();
-        let grad = grads.consume::<B>(&ops.node);
-        let (x, w, dtype) = ops.state;
-        let [x_node, w_node] = ops.parents;
-        if let (Some(node), Some(w)) = (x_node, w) {
-            grads.register::<B>(node.id, B::linear_grad_input(grad.clone(), w));
-        }
-        if let (Some(node), Some(x)) = (w_node, x) {
-            let gradient = B::linear_grad_weight(grad, kept.retrieve_node_output(x));
-            grads.register::<B>(node.id, in_type::<B>(gradient, dtype));
-        }
-    }
-}
-
-/// A layer with a low-rank update; its own weight is not trained.
-#[derive(Debug)]
-struct LowRank;
-
-impl<B: FusedOps> Backward<B, 3> for LowRank {
-    /// The input, kept or computed again, `scale · x · aᵀ`, the three weights as the products take them, the data types
-    /// of the adapter's, and the scale.
-    type State = (NodeId, FloatTensor<B>, [FloatTensor<B>; 3], [DType; 2], f32);
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, kept: &mut Checkpointer) {
-        let _span = trace_span!("Lora backward").entered();
-        let grad = grads.consume::<B>(&ops.node);
-        let (x, inner, [w, a, b], types, scale) = ops.state;
-        let [x_node, a_node, b_node] = ops.parents;
-        let x: FloatTensor<B> = kept.retrieve_node_output(x);
-        let of_inner = B::scaled(B::linear_grad_input(grad.clone(), b), scale);
-        if let Some(node) = b_node {
-            let gradient = B::linear_grad_weight(grad.clone(), inner);
-            grads.register::<B>(node.id, in_type::<B>(gradient, types[1]));
-        }
-        if let Some(node) = a_node {
-            let gradient = B::linear_grad_weight(of_inner.clone(), x);
-            grads.register::<B>(node.id, in_type::<B>(gradient, types[0]));
-        }
-        if let Some(node) = x_node {
-            let of_base = B::linear_grad_input(grad, w);
-            grads.register::<B>(node.id, B::grad_input_onto(of_base, of_inner, a));
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Head;
 
@@ -213,50 +162,6 @@ fn again<
     op.prepare::<BalancedCheckpointing>(nodes).memory_bound().retro_forward(again).parents(known).stateful()
 }
 
-/// A linear layer whose value `compute` returns.
-fn linear_node<B: FusedOps, C: CheckpointStrategy>(
-    x: FloatTensor<Autodiff<B, C>>,
-    w: FloatTensor<Autodiff<B, C>>,
-    compute: impl Fn(FloatTensor<B>, FloatTensor<B>) -> FloatTensor<B>,
-) -> FloatTensor<Autodiff<B, C>> {
-    let nodes = [x.node(), w.node()];
-    let (of_input, of_weight) = (x.is_tracked(), w.is_tracked());
-    let w = w.into_primitive();
-    let (out, dtype) = (compute(x.primitive().clone(), w.clone()), w.dtype());
-    match Linear.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(mut p) => {
-            let x = of_weight.then(|| p.checkpoint(&x));
-            p.finish((x, of_input.then_some(w), dtype), out)
-        }
-        OpsKind::UnTracked(p) => p.finish(out),
-    }
-}
-
-/// One with a low-rank update.
-fn lora_node<B: FusedOps, C: CheckpointStrategy>(
-    x: FloatTensor<Autodiff<B, C>>,
-    weights: [FloatTensor<Autodiff<B, C>>; 3],
-    scale: f32,
-    compute: impl Fn(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, f32) -> Two<B>,
-) -> Two<Autodiff<B, C>> {
-    assert!(!weights[0].is_tracked(), "the weight below an adapter is not trained");
-    let nodes = [x.node(), weights[1].node(), weights[2].node()];
-    let [w, a, b] = weights.map(FloatTensor::<Autodiff<B, C>>::into_primitive);
-    let types = [a.dtype(), b.dtype()];
-    // Rounded once for both passes.
-    let [a, b] = [a, b].map(|factor| B::weight_as(factor, x.primitive().clone()));
-    let (out, inner) = compute(x.primitive().clone(), w.clone(), a.clone(), b.clone(), scale);
-    let untracked = <Autodiff<B, C> as AutodiffBackend>::from_inner(inner.clone());
-    let out = match LowRank.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(mut p) => {
-            let x = p.checkpoint(&x);
-            p.finish((x, inner, [w, a, b], types, scale), out)
-        }
-        OpsKind::UnTracked(p) => p.finish(out),
-    };
-    (out, untracked)
-}
-
 impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn upload_floats(like: FloatTensor<Self>, values: Vec<f32>, shape: Vec<usize>) -> FloatTensor<Self> {
         <Self as AutodiffBackend>::from_inner(B::upload_floats(like.into_primitive(), values, shape))
@@ -284,12 +189,20 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         }
     }
 
+    fn branch(x: FloatTensor<Self>, met: Arc<AtomicBool>) -> FloatTensor<Self> {
+        branches::branch::<B, C>(x, met)
+    }
+
+    fn joined(x: FloatTensor<Self>, update: FloatTensor<Self>) -> FloatTensor<Self> {
+        branches::joined::<B, C>(x, update)
+    }
+
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        linear_node::<B, C>(x, w, B::fused_linear)
+        products::linear::<B, C>(x, w, B::fused_linear)
     }
 
     fn linear_unused(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        linear_node::<B, C>(x, w, B::linear_unused)
+        products::linear::<B, C>(x, w, B::linear_unused)
     }
 
     fn fused_lora(
@@ -299,7 +212,7 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         b: FloatTensor<Self>,
         scale: f32,
     ) -> Two<Self> {
-        lora_node::<B, C>(x, [w, a, b], scale, B::fused_lora)
+        products::lora::<B, C>(x, [w, a, b], scale, B::fused_lora)
     }
 
     fn lora_unused(
@@ -309,7 +222,7 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         b: FloatTensor<Self>,
         scale: f32,
     ) -> Two<Self> {
-        lora_node::<B, C>(x, [w, a, b], scale, B::lora_unused)
+        products::lora::<B, C>(x, [w, a, b], scale, B::lora_unused)
     }
 
     fn fused_rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
@@ -428,6 +341,7 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         weight_as(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         head_products(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         scaled(FloatTensor<Self>, f32) -> FloatTensor<Self>;
+        added(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         linear_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         grad_input_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         linear_grad_input(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;

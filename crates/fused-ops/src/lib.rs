@@ -15,6 +15,8 @@
 mod cached;
 #[cfg(feature = "flex")]
 mod flex;
+#[allow(deprecated)]
+mod functions;
 mod generic;
 mod graph;
 #[cfg(any(feature = "flex", feature = "tch"))]
@@ -28,9 +30,9 @@ mod paged;
 mod segments;
 
 pub use cached::{Cache, Packed, cached_attention};
-pub use ops::{
-    activate, attention, cast, gated, head, layer_norm, linear, linear_unused, lora, lora_unused, narrow,
-    rms_norm, rotary, select, sum_into, upload,
+pub use functions::{
+    activate, attention, branches, cast, gated, head, join, layer_norm, linear, linear_unused, lora,
+    lora_unused, narrow, rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use paged::{PAGE, Span};

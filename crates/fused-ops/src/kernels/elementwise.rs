@@ -47,6 +47,38 @@ macro_rules! with_curve {
     };
 }
 
+/// `a + b` in the type of `a`.
+pub fn sum<T: Element, U: Element>(a: &[T], b: &[U]) -> Vec<T> {
+    assert_eq!(a.len(), b.len(), "both have one shape");
+    // SAFETY: every chunk is written.
+    unsafe {
+        made(a.len(), |out| {
+            let chunks = out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK));
+            chunks.for_each(|((out, a), b)| {
+                wide(
+                    #[inline(always)]
+                    || {
+                        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+                            out.write(T::of(a.single() + b.single()));
+                        }
+                    },
+                );
+            });
+        })
+    }
+}
+
+/// `a += b`.
+pub fn add<T: Element>(a: &mut [T], b: &[T]) {
+    assert_eq!(a.len(), b.len(), "both have one shape");
+    a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| {
+        wide(
+            #[inline(always)]
+            || a.iter_mut().zip(b).for_each(|(a, b)| *a = T::of(a.single() + b.single())),
+        );
+    });
+}
+
 /// `out = activation(gate) * up`.
 pub fn gated_forward<T: Element>(gate: &[T], up: &[T], kind: Activation) -> Vec<T> {
     with_curve!(kind, gated_values(gate, up))
