@@ -31,7 +31,7 @@ const SHARE: f64 = 0.92;
 
 /// Part of the operations of a run's blocks that may be done again for less memory when it is given no limit: the
 /// largest micro-batches are rare.
-const AGAIN: f64 = 0.04;
+const AGAIN: f64 = 0.025;
 
 /// About the part of a block's forward pass that is done again: its last product mostly is not.
 const OF_FORWARD: f64 = 0.75;
