@@ -72,11 +72,34 @@ fn interleave<T: Element, const W: usize>(rows: Mat<T>, count: usize, k: usize, 
 }
 
 /// `to[i * W + row] = from[row][i]` for `count` rows, `stride` bytes from one to the next, of `len` groups each.
+///
+/// # Safety
+/// `from` must be readable for all of them, `to` writable for `W` groups for each group of a row.
 #[inline(always)]
-unsafe fn transpose<const W: usize>(from: *const u32, stride: usize, count: usize, len: usize, to: *mut u32) {
+pub unsafe fn transpose<const W: usize>(
+    from: *const u32,
+    stride: usize,
+    count: usize,
+    len: usize,
+    to: *mut u32,
+) {
     // A line of the cache of every row at a time, so that what is written stays there.
     const PART: usize = 16;
-    for start in (0..len).step_by(PART) {
+    let mut start = 0;
+    #[cfg(target_arch = "x86_64")]
+    if W.is_multiple_of(PART) && count == W && is_x86_feature_detected!("avx512f") {
+        while start + PART <= len {
+            for first in (0..W).step_by(PART) {
+                // SAFETY: the processor has the instructions; the caller's promise.
+                unsafe {
+                    let from = from.byte_add(first * stride).add(start);
+                    square::transpose(from, stride, to.add(start * W + first), W);
+                }
+            }
+            start += PART;
+        }
+    }
+    for start in (start..len).step_by(PART) {
         for row in 0..count {
             // SAFETY: the caller's promise.
             unsafe {
@@ -90,6 +113,72 @@ unsafe fn transpose<const W: usize>(from: *const u32, stride: usize, count: usiz
                     (0..len - start)
                         .for_each(|i| to.add(i * W).write_unaligned(from.add(i).read_unaligned()));
                 }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod square {
+    use std::arch::x86_64::{
+        __m512i, _mm512_loadu_si512, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    };
+
+    /// Sixteen rows of sixteen, `stride` bytes apart, to rows `to_stride` elements apart.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn transpose(from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+        let mut a: [__m512i; 16] = [_mm512_setzero_si512(); 16];
+        let mut b = a;
+        for i in 0..16 {
+            // SAFETY: the caller has the rows.
+            a[i] = unsafe { _mm512_loadu_si512(from.byte_add(i * stride).cast()) };
+        }
+        // Pairs of rows, then fours, then blocks of four columns of eight rows and of sixteen.
+        for i in 0..8 {
+            b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+            b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+        }
+        for i in (0..16).step_by(4) {
+            a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+            a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+            a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+            a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+        for half in [0, 8] {
+            for i in half..half + 4 {
+                b[i] = _mm512_shuffle_i32x4::<0x88>(a[i], a[i + 4]);
+                b[i + 4] = _mm512_shuffle_i32x4::<0xdd>(a[i], a[i + 4]);
+            }
+        }
+        for i in 0..8 {
+            a[i] = _mm512_shuffle_i32x4::<0x88>(b[i], b[i + 8]);
+            a[i + 8] = _mm512_shuffle_i32x4::<0xdd>(b[i], b[i + 8]);
+        }
+        for i in 0..16 {
+            // SAFETY: the caller has room for the columns.
+            unsafe { _mm512_storeu_si512(to.add(i * to_stride).cast(), a[i]) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_hold_their_rows_side_by_side() {
+        // Whole lines of the cache and not, panels that are full and not.
+        for (lines, k) in [(32, 32), (40, 70), (64, 37), (5, 3)] {
+            let values: Vec<f32> = (0..lines * k).map(|i| i as f32).collect();
+            let mut columns = vec![0.0; lines * k];
+            (0..lines * k).for_each(|i| columns[i % k * lines + i / k] = values[i]);
+            let of_rows = lay_out(Mat::rows(&values, k), lines, k);
+            let of_columns = lay_out(Mat::rows(&columns, lines).t(), lines, k);
+            for (at, (&a, &b)) in of_rows.iter().zip(&of_columns).enumerate() {
+                let (line, i) = (at / (WIDTH * k) * WIDTH + at % WIDTH, at / WIDTH % k);
+                let want = if line < lines { values[line * k + i] } else { 0.0 };
+                assert!(a == want && b == want, "{lines}x{k}: {i} of {line}: {a} {b} {want}");
             }
         }
     }
