@@ -110,7 +110,7 @@ impl Decoder {
 /// Adds a gradient to a sum; either may be missing.
 pub fn add_gradient(total: &mut Option<Tensor<2>>, gradient: Option<Tensor<2>>) {
     *total = match (total.take(), gradient) {
-        (Some(total), Some(gradient)) => Some(total + gradient),
+        (Some(total), Some(gradient)) => Some(fused_ops::add(total, gradient)),
         (total, gradient) => total.or(gradient),
     };
 }

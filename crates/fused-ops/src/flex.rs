@@ -192,6 +192,15 @@ impl FusedOps for Flex {
         typed!(x, T => like(elementwise::scaled::<T>(x.storage(), scale), &x))
     }
 
+    fn rows_added(base: FlexTensor, rows: Arc<Vec<u32>>, values: FlexTensor) -> FlexTensor {
+        let (whole, values) = (flat(&base), flat(&values));
+        drop(base);
+        let mut base = whole;
+        let cols = dims(&base)[1];
+        typed!(values, T => elementwise::add_rows::<T>(base.storage_mut(), &rows, values.storage(), cols));
+        base
+    }
+
     fn added(a: FlexTensor, b: FlexTensor) -> FlexTensor {
         let (whole, b) = (flat(&a), flat(&b));
         // The last one to hold the values writes them in place.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Int, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 use tracing::trace_span;
 
 use crate::ops::{FusedOps, dispatch};
@@ -47,9 +47,13 @@ pub fn join(x: Tensor<2>, update: Tensor<2>) -> Tensor<2> {
 /// Rows of a table, `[rows.len(), cols]`.
 pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
     let _span = trace_span!("Select").entered();
-    let like = table.clone().into_dispatch();
-    let ids = <Dispatch as FusedOps>::upload_indices(like, rows.to_vec(), vec![rows.len()]);
-    table.select(0, Tensor::<1, Int>::from_dispatch(ids))
+    dispatch(<Dispatch as FusedOps>::fused_select(table.into_dispatch(), Arc::new(rows.to_vec())))
+}
+
+/// `a + b` of one data type without autodiff, in place where nothing else holds `a`.
+pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    assert_eq!(a.dims(), b.dims(), "both have one shape");
+    dispatch(<Dispatch as FusedOps>::added(a.into_dispatch(), b.into_dispatch()))
 }
 
 /// `x · wᵀ` with the weight as checkpoints hold it, in the data type of `x`. A weight that is not trained may have

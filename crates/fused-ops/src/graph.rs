@@ -5,6 +5,7 @@
 
 mod branches;
 mod products;
+mod rows;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -189,6 +190,10 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         }
     }
 
+    fn fused_select(table: FloatTensor<Self>, rows: Arc<Vec<u32>>) -> FloatTensor<Self> {
+        rows::select::<B, C>(table, rows)
+    }
+
     fn branch(x: FloatTensor<Self>, met: Arc<AtomicBool>) -> FloatTensor<Self> {
         branches::branch::<B, C>(x, met)
     }
@@ -342,6 +347,7 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         head_products(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         scaled(FloatTensor<Self>, f32) -> FloatTensor<Self>;
         added(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
+        rows_added(FloatTensor<Self>, Arc<Vec<u32>>, FloatTensor<Self>) -> FloatTensor<Self>;
         linear_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         grad_input_onto(FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;
         linear_grad_input(FloatTensor<Self>, FloatTensor<Self>) -> FloatTensor<Self>;

@@ -31,7 +31,7 @@ mod segments;
 
 pub use cached::{Cache, Packed, cached_attention};
 pub use functions::{
-    activate, attention, branches, cast, gated, head, join, layer_norm, linear, linear_unused, lora,
+    activate, add, attention, branches, cast, gated, head, join, layer_norm, linear, linear_unused, lora,
     lora_unused, narrow, rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};

@@ -79,6 +79,18 @@ pub fn add<T: Element>(a: &mut [T], b: &[T]) {
     });
 }
 
+/// Adds `values`, rows of `cols` elements, to the rows `rows` of `base`, in order: a row may come more than once.
+pub fn add_rows<T: Element>(base: &mut [T], rows: &[u32], values: &[T], cols: usize) {
+    assert_eq!(values.len(), rows.len() * cols, "values for each row");
+    for (&row, values) in rows.iter().zip(values.chunks_exact(cols)) {
+        let base = &mut base[row as usize * cols..][..cols];
+        wide(
+            #[inline(always)]
+            || base.iter_mut().zip(values).for_each(|(a, b)| *a = T::of(a.single() + b.single())),
+        );
+    }
+}
+
 /// `out = activation(gate) * up`.
 pub fn gated_forward<T: Element>(gate: &[T], up: &[T], kind: Activation) -> Vec<T> {
     with_curve!(kind, gated_values(gate, up))
