@@ -1,6 +1,7 @@
 //! Spawning cargo and the binaries it built.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -68,12 +69,13 @@ pub fn run(binary: &str, args: &[String]) -> Result<ExitCode> {
 
 /// Builds and runs a binary that must succeed.
 pub fn must(binary: &str, args: &[String]) -> Result<()> {
-    succeed(&build_with(binary, &Build::for_arguments(args)?)?, args)
+    succeed(&build_with(binary, &Build::for_arguments(args)?)?, args, &[])
 }
 
 /// Runs a program that must succeed.
-pub fn succeed(path: &Path, args: &[String]) -> Result<()> {
-    let status =
-        Command::new(path).args(args).status().with_context(|| format!("cannot run {}", path.display()))?;
+pub fn succeed(path: &Path, args: &[String], environment: &[(&str, OsString)]) -> Result<()> {
+    let mut command = Command::new(path);
+    command.args(args).envs(environment.iter().map(|(name, value)| (name, value)));
+    let status = command.status().with_context(|| format!("cannot run {}", path.display()))?;
     if status.success() { Ok(()) } else { bail!("{} {} failed ({status})", path.display(), args.join(" ")) }
 }

@@ -19,7 +19,8 @@ const COMPUTING: [&str; 6] = ["fused-ops", "apo-loss", "decoder", "backend", "tr
 const PLAIN: [&str; 3] = ["--workspace", "--release", "--locked"];
 
 /// `ci`: every check on the default backend. `ci --backend LIST`: one build with these backends, and on each of them
-/// the tests of everything that computes; with flex among them, every check. The first failure ends it.
+/// the tests of everything that computes; with flex among them, every check, clippy and docs with the default features
+/// all the same. The first failure ends it.
 pub fn run(args: &[String]) -> Result<ExitCode> {
     let started = Instant::now();
     match args {
@@ -59,15 +60,23 @@ impl<'a> Lane<'a> {
         // It compiles the dependencies once more.
         if self.all && !self.build.is_default {
             step("clippy with these backends", || {
-                self.cargo("clippy", &["--all-targets"], &["-D", "warnings"], self.names[0])
+                let environment = self.environment(self.names[0]);
+                self.cargo("clippy", &["--all-targets"], &["-D", "warnings"], &environment)
             })?;
         }
         for &name in &self.names {
             step(&format!("tests on {name}"), || {
-                tests_of(name, self.all)?.iter().try_for_each(|tests| {
+                for tests in tests_of(name, self.all)? {
                     let tests: Vec<&str> = tests.iter().map(String::as_str).collect();
-                    self.cargo("test", &tests, &[], name)
-                })
+                    self.cargo("test", &tests, &[], &self.environment(name))?;
+                }
+                if name == "tch" {
+                    // The library's own threads.
+                    let threads = ("OMP_NUM_THREADS", "2".into());
+                    let environment = [self.environment(name), vec![threads]].concat();
+                    self.cargo("test", &["--test", "kernels", "--test", "reference"], &[], &environment)?;
+                }
+                Ok(())
             })?;
         }
         if whole { step("demo", || self.check_demo()) } else { Ok(()) }
@@ -75,18 +84,24 @@ impl<'a> Lane<'a> {
 
     /// A command of cargo on the whole workspace, always with the same features: other packages would be other
     /// features of what they share, and another build.
-    fn cargo(&self, command: &str, args: &[&str], after: &[&str], backend: &str) -> Result<()> {
+    fn cargo(
+        &self,
+        command: &str,
+        args: &[&str],
+        after: &[&str],
+        environment: &[(&str, OsString)],
+    ) -> Result<()> {
         let features = self.build.feature_flags(&COMPUTING);
         let target = self.build.target.display().to_string();
         let features: Vec<&str> = features.iter().map(String::as_str).collect();
         let all = [&[command], &PLAIN[..], &features, &["--target-dir", &target], args].concat();
-        checked(&all, after, &self.environment(backend))
+        checked(&all, after, environment)
     }
 
     fn environment(&self, backend: &str) -> Vec<(&'static str, OsString)> {
         let mut set = self.build.environment.clone();
         set.push(("CLAIR_BACKEND", backend.into()));
-        if backend == "tch" && std::env::var_os("OMP_NUM_THREADS").is_none() {
+        if backend == "tch" {
             // Tests run beside each other, one for each core: more threads of LibTorch wait for one another, spinning.
             set.push(("OMP_NUM_THREADS", "1".into()));
         }
@@ -100,12 +115,13 @@ impl<'a> Lane<'a> {
         set
     }
 
-    /// The demo, with the binaries of the tests, must show what the README says of it.
+    /// The demo, with the binaries of the tests on the default backend, must show what the README says of it.
     fn check_demo(&self) -> Result<()> {
         let model = root().join("datasets/demo/model").display().to_string();
         let built =
             |name: &str| self.build.target.join(format!("release/{name}{}", std::env::consts::EXE_SUFFIX));
-        let must = |name: &str, args: &[String]| succeed(&built(name), args);
+        let environment = self.environment("flex");
+        let must = |name: &str, args: &[String]| succeed(&built(name), args, &environment);
         let score = demo::run_demo(&model, &root().join("target/ci-demo"), &must)?;
         match demo::shows_improvement(&score) {
             Some([true, true, true]) => Ok(()),
@@ -114,8 +130,8 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Arguments of the test commands of a backend: all tests on the default one, those of what computes on another. On a
-/// software adapter of Vulkan every process compiles its kernels anew and a step takes seconds: there one set of
+/// Arguments of the test commands of a backend: all tests on the default one; on another the integration tests of what
+/// computes, and unit tests, of which those of other crates take no time. On a software adapter of Vulkan every process compiles its kernels anew and a step takes seconds: there one set of
 /// trajectories is run instead of all, and none of the tests of the trainer's files and flags, in which the backend
 /// has no part. `--all` runs everything.
 fn tests_of(backend: &str, all: bool) -> Result<Vec<Vec<String>>> {
@@ -126,8 +142,11 @@ fn tests_of(backend: &str, all: bool) -> Result<Vec<Vec<String>>> {
         return Ok(vec![Vec::new()]);
     }
     let short = backend == "wgpu";
-    let mut chosen = strings(&["--lib", "--bins"]);
-    for name in integration_tests()?.into_iter().filter(|name| !short || SHORT.contains(&name.as_str())) {
+    let (mut chosen, known) = (strings(&["--lib", "--bins"]), integration_tests()?);
+    if let Some(gone) = SHORT.into_iter().find(|&name| !known.contains(name)) {
+        bail!("ci: there is no test {gone}");
+    }
+    for name in known.into_iter().filter(|name| !short || SHORT.contains(&name.as_str())) {
         chosen.extend(["--test".into(), name]);
     }
     let one = strings(&["--test", "trajectories", "apo_zero_on_every_family"]);
@@ -139,7 +158,10 @@ fn integration_tests() -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for package in COMPUTING {
         let dir = root().join("crates").join(package).join("tests");
-        for entry in fs::read_dir(&dir).into_iter().flatten() {
+        if !dir.exists() {
+            continue;
+        }
+        for entry in fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
             let path = entry.with_context(|| dir.display().to_string())?.path();
             if path.extension().is_some_and(|extension| extension == "rs") {
                 names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));

@@ -20,7 +20,7 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 cargo xtask demo [--model DIR]        the whole loop on bundled data: revise, train, evaluate, report
 cargo xtask ci                        fmt, clippy, tests, docs, tidy and the demo
-cargo xtask ci --backend flex,tch,wgpu    and the tests on other backends, in one build: what CI runs
+cargo xtask ci --backend B,B [--all]  tests on these backends, in one build; CI runs flex,tch,wgpu
 
 cargo xtask sample --help             answers of a model to a file of prompts
 cargo xtask generate-clair --help     preference pairs: a stronger model revises the answers

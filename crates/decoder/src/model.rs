@@ -1,7 +1,7 @@
 //! The decoder: shared blocks over a flat list of weights.
 
 use burn::tensor::{DType, Device, Tensor};
-use fused_ops::{HeadOutput, Packed, Rotary, attention, head, layer_norm, linear, rms_norm, select};
+use fused_ops::{HeadOutput, Packed, Rotary, attention, head, layer_norm, linear, lookup, rms_norm, select};
 use safetensors::Dtype;
 
 use crate::layout::{Projection, Role, Structure, lay_out};
@@ -325,7 +325,7 @@ impl Decoder {
     }
 
     fn rows(&self, table: usize, rows: &[u32]) -> Tensor<2> {
-        single(select(self.weight(table), rows))
+        single(lookup(self.weight(table), rows))
     }
 
     /// Log-probabilities of the batch's targets, differentiable, with their statistics.

@@ -194,6 +194,7 @@ impl FusedOps for Flex {
 
     fn rows_added(base: FlexTensor, rows: Arc<Vec<u32>>, values: FlexTensor) -> FlexTensor {
         let (whole, values) = (flat(&base), flat(&values));
+        // The last one to hold the values writes them in place.
         drop(base);
         let mut base = whole;
         let cols = dims(&base)[1];

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Tensor};
 use tracing::trace_span;
 
 use crate::ops::{FusedOps, dispatch};
@@ -28,7 +28,8 @@ pub fn cast(x: Tensor<2>, dtype: FloatDType) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::fused_cast(x.into_dispatch(), dtype))
 }
 
-/// A tensor for each of several operations that take it: their gradients are added in place, on all cores.
+/// A tensor for each of several operations that take it. Where it is not a leaf, Flex adds their gradients in place and on
+/// all cores.
 pub fn branches<const N: usize>(x: Tensor<2>) -> [Tensor<2>; N] {
     let (x, met) = (x.into_dispatch(), Arc::new(AtomicBool::new(false)));
     [(); N].map(|()| dispatch(<Dispatch as FusedOps>::branch(x.clone(), met.clone())))
@@ -44,15 +45,26 @@ pub fn join(x: Tensor<2>, update: Tensor<2>) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::joined(x.into_dispatch(), update.into_dispatch()))
 }
 
-/// Rows of a table, `[rows.len(), cols]`.
-pub fn select(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
+/// Rows of an activation, `[rows.len(), cols]`.
+pub fn select(x: Tensor<2>, rows: &[u32]) -> Tensor<2> {
     let _span = trace_span!("Select").entered();
-    dispatch(<Dispatch as FusedOps>::fused_select(table.into_dispatch(), Arc::new(rows.to_vec())))
+    let like = x.clone().into_dispatch();
+    let ids = <Dispatch as FusedOps>::upload_indices(like, rows.to_vec(), vec![rows.len()]);
+    x.select(0, Tensor::<1, Int>::from_dispatch(ids))
 }
 
-/// `a + b` of one data type without autodiff, in place where nothing else holds `a`.
+/// Rows of a table of weights, `[rows.len(), cols]`. Their gradients are added to those that the table has, on Flex in
+/// place.
+pub fn lookup(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
+    let _span = trace_span!("Lookup").entered();
+    dispatch(<Dispatch as FusedOps>::lookup(table.into_dispatch(), Arc::new(rows.to_vec())))
+}
+
+/// `a + b` of gradients, without autodiff and of one data type; on Flex on all cores, and in place where nothing else
+/// holds `a`.
 pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
-    assert_eq!(a.dims(), b.dims(), "both have one shape");
+    assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "both have one shape and data type");
+    assert!(!a.device().is_autodiff() && !b.device().is_autodiff(), "gradients have no graph");
     dispatch(<Dispatch as FusedOps>::added(a.into_dispatch(), b.into_dispatch()))
 }
 

@@ -190,8 +190,8 @@ impl<B: FusedOps, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         }
     }
 
-    fn fused_select(table: FloatTensor<Self>, rows: Arc<Vec<u32>>) -> FloatTensor<Self> {
-        rows::select::<B, C>(table, rows)
+    fn lookup(table: FloatTensor<Self>, rows: Arc<Vec<u32>>) -> FloatTensor<Self> {
+        rows::lookup::<B, C>(table, rows)
     }
 
     fn branch(x: FloatTensor<Self>, met: Arc<AtomicBool>) -> FloatTensor<Self> {

@@ -1,6 +1,6 @@
 //! Fused tensor operations for training decoder language models, on Burn.
 //!
-//! Every function works on plain [`Tensor`]s of any backend and has a hand-written backward pass. On Flex (the
+//! Every function works on plain [`Tensor`]s of any backend; those of the graph have a hand-written backward pass. On Flex (the
 //! pure-Rust CPU backend) it runs a kernel of this crate, on LibTorch that library's kernels, and anywhere
 //! else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
 //! differentiated by Burn.
@@ -31,8 +31,8 @@ mod segments;
 
 pub use cached::{Cache, Packed, cached_attention};
 pub use functions::{
-    activate, add, attention, branches, cast, gated, head, join, layer_norm, linear, linear_unused, lora,
-    lora_unused, narrow, rms_norm, rotary, select, sum_into, upload,
+    activate, add, attention, branches, cast, gated, head, join, layer_norm, linear, linear_unused, lookup,
+    lora, lora_unused, narrow, rms_norm, rotary, select, sum_into, upload,
 };
 pub use optim::{AdamW, Moments, Parameter, clip_factor, norm, row_norms};
 pub use paged::{PAGE, Span};
@@ -44,7 +44,7 @@ use burn::tensor::Tensor;
 
 /// Names this crate's arithmetic: it changes when results do, if only by rounding, so that stored values that are compared
 /// with new ones are not those of another.
-pub const ARITHMETIC: &str = "2";
+pub const ARITHMETIC: &str = "3";
 
 /// Floating-point operations of this crate's own matrix products so far, in this process: 2 for each multiply-add.
 #[cfg(any(feature = "flex", feature = "tch"))]

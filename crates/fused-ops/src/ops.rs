@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension};
-use burn::tensor::{FloatDType, IndexingUpdateOp, Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use crate::generic::{self, Value};
 use crate::paged::{Span, gathered};
@@ -47,19 +47,19 @@ pub(crate) trait FusedOps: Backend {
     fn fused_cast(x: FloatTensor<Self>, dtype: FloatDType) -> FloatTensor<Self> {
         Self::float_cast(x, dtype)
     }
-    /// Rows of a table.
-    fn fused_select(table: FloatTensor<Self>, rows: Arc<Vec<u32>>) -> FloatTensor<Self> {
+    /// Rows of a table of weights.
+    fn lookup(table: FloatTensor<Self>, rows: Arc<Vec<u32>>) -> FloatTensor<Self> {
         let ids = Self::upload_indices(table.clone(), rows.to_vec(), vec![rows.len()]);
         Self::float_select(table, 0, ids)
     }
-    /// `base` with the values of each row added to row `rows[i]` of it.
+    /// `base` with the sum of the values of each row, in their order, added to row `rows[i]` of it.
     fn rows_added(
         base: FloatTensor<Self>,
         rows: Arc<Vec<u32>>,
         values: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let ids = Self::upload_indices(values.clone(), rows.to_vec(), vec![rows.len()]);
-        Self::float_select_assign(base, 0, ids, values, IndexingUpdateOp::Add)
+        let sums = generic::rows_of(&base.shape().to_vec(), &rows, Value::<Self>(values));
+        Self::added(base, sums.0)
     }
     /// The same tensor for one of its uses. Gradients of all uses with the same flag are added by [`FusedOps::added`].
     fn branch(x: FloatTensor<Self>, met: Arc<AtomicBool>) -> FloatTensor<Self> {

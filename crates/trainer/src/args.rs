@@ -193,7 +193,7 @@ pub struct Args {
     pub gradient_checkpointing: bool,
     /// Compute as many blocks again as it takes to stay below this, for example 3GB or 2.5GiB, and no more: the same
     /// numbers to the bit [default: most of what is free at the start, or of a CUDA device's memory; on the CPU less,
-    /// where that takes at most 4 % more operations of the blocks].
+    /// where that takes at most 2.5 % more operations of the blocks].
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<bytesize::ByteSize>,
     /// Log targets; the JSON Lines files are always written.

@@ -18,6 +18,8 @@ pub use value::Value;
 
 use std::sync::Arc;
 
+use burn::tensor::IndexingUpdateOp;
+
 use crate::ops::FusedOps;
 
 /// `x · wᵀ` in the data type of `x`.
@@ -47,6 +49,13 @@ pub fn write_rows<B: FusedOps>(mut cache: Value<B>, rows: Value<B>, slots: &[u32
         row += run.len();
     }
     cache
+}
+
+/// A table of this shape with the sum of the values of each row, in their order: row `rows[i]` has row `i` of `values`.
+pub fn rows_of<B: FusedOps>(shape: &[usize], rows: &[u32], values: Value<B>) -> Value<B> {
+    let ids = Value::indices(rows.to_vec(), &[rows.len()], &values);
+    let zeros = Value::<B>::zeros(shape, values.dtype(), &values);
+    Value(B::float_select_assign(zeros.0, 0, ids, values.0, IndexingUpdateOp::Add))
 }
 
 /// The 0/1 matrix `[sums, values]` of a plan.

@@ -108,7 +108,7 @@ impl Element for bf16 {
         check(&a, b, WIDTH);
         #[cfg(target_arch = "x86_64")]
         if has_narrow_products() {
-            // SAFETY: as above.
+            // SAFETY: as above; the places are the caller's.
             unsafe { narrow::product(a, b.as_ptr().cast(), WIDTH, c, stride, add) };
             return true;
         }
@@ -147,7 +147,8 @@ mod narrow {
 
     use super::{Rows, ahead};
 
-    /// What sums are written as.
+    /// What sums are written as. Those of 16 bits are rounded by the processor, to the nearest like all others, but that
+    /// it takes numbers below the smallest normal one for 0.
     pub trait Sums {
         /// Those of a row and a panel, or added to what is there.
         ///
@@ -239,7 +240,7 @@ mod narrow {
         unsafe {
             let mut sums: [[__m512; 2]; M] = [[_mm512_setzero_ps(); 2]; M];
             for i in 0..M {
-                ahead(c.add(i * x.stride).cast());
+                ahead(c.add(i * x.stride));
             }
             for k in 0..x.groups {
                 let columns = x.b.add(k * x.b_stride);
@@ -278,5 +279,41 @@ mod tests {
             widened(a, &b, WIDTH, wide.as_mut_ptr(), WIDTH, false);
         }
         plain.iter().zip(&wide).for_each(|(p, w)| assert!((p - w).abs() < 1e-5, "{p} {w}"));
+    }
+
+    #[test]
+    fn the_processor_rounds_as_this_module_does() {
+        if !has_narrow_products() {
+            return;
+        }
+        // Products with the unit matrix of pairs that sum to ties, numbers between, infinities and no number.
+        let sums =
+            [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -1.0 - 1.0 / 256.0, 3.1, -0.007, 0.0, 1e30, f32::INFINITY];
+        for special in [1.0, f32::NAN] {
+            let mut b = vec![bf16::ZERO; 2 * WIDTH];
+            for column in 0..WIDTH {
+                let sum = sums[column % sums.len()] * special;
+                let high = bf16::from_f32(sum);
+                let low = if high.is_finite() { sum - high.to_f32() } else { 0.0 };
+                (b[2 * column], b[2 * column + 1]) = (high, bf16::from_f32(low));
+            }
+            let a = [bf16::ONE; 2 * 13];
+            let a = Rows { data: &a, stride: 2, group: 2, count: 13, k: 2 };
+            for add in [false, true] {
+                let before: Vec<bf16> =
+                    (0..13 * WIDTH).map(|i| bf16::from_f32(i as f32 / 7.0 - 20.0)).collect();
+                let mut single: Vec<f32> = before.iter().map(|v| v.to_f32()).collect();
+                let mut narrow = before;
+                // SAFETY: both results have `WIDTH` columns.
+                unsafe {
+                    bf16::product(a, &b, WIDTH, single.as_mut_ptr(), WIDTH, add);
+                    assert!(bf16::rounded_product(a, &b, narrow.as_mut_ptr(), WIDTH, add));
+                }
+                for (single, narrow) in single.iter().zip(&narrow) {
+                    let want = rounded(*single);
+                    assert!(want == *narrow || want.is_nan() && narrow.is_nan(), "{single} {narrow}");
+                }
+            }
+        }
     }
 }

@@ -79,14 +79,25 @@ pub fn add<T: Element>(a: &mut [T], b: &[T]) {
     });
 }
 
-/// Adds `values`, rows of `cols` elements, to the rows `rows` of `base`, in order: a row may come more than once.
+/// Adds `values`, rows of `cols` elements, to the rows `rows` of `base`. Those of one row are summed in their order
+/// before: a table with nothing but these sums, added to `base`, has the same bits.
 pub fn add_rows<T: Element>(base: &mut [T], rows: &[u32], values: &[T], cols: usize) {
     assert_eq!(values.len(), rows.len() * cols, "values for each row");
-    for (&row, values) in rows.iter().zip(values.chunks_exact(cols)) {
-        let base = &mut base[row as usize * cols..][..cols];
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&i| rows[i]);
+    let mut sum = vec![T::default(); cols];
+    for same in order.chunk_by(|&a, &b| rows[a] == rows[b]) {
+        let to = &mut base[rows[same[0]] as usize * cols..][..cols];
         wide(
             #[inline(always)]
-            || base.iter_mut().zip(values).for_each(|(a, b)| *a = T::of(a.single() + b.single())),
+            || {
+                sum.copy_from_slice(&values[same[0] * cols..][..cols]);
+                for &i in &same[1..] {
+                    let values = &values[i * cols..][..cols];
+                    sum.iter_mut().zip(values).for_each(|(a, b)| *a = T::of(a.single() + b.single()));
+                }
+                to.iter_mut().zip(&sum).for_each(|(a, b)| *a = T::of(a.single() + b.single()));
+            },
         );
     }
 }

@@ -76,13 +76,7 @@ fn interleave<T: Element, const W: usize>(rows: Mat<T>, count: usize, k: usize, 
 /// # Safety
 /// `from` must be readable for all of them, `to` writable for `W` groups for each group of a row.
 #[inline(always)]
-pub unsafe fn transpose<const W: usize>(
-    from: *const u32,
-    stride: usize,
-    count: usize,
-    len: usize,
-    to: *mut u32,
-) {
+unsafe fn transpose<const W: usize>(from: *const u32, stride: usize, count: usize, len: usize, to: *mut u32) {
     // A line of the cache of every row at a time, so that what is written stays there.
     const PART: usize = 16;
     let mut start = 0;

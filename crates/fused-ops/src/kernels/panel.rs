@@ -88,17 +88,15 @@ pub fn check<T: Element>(a: &Rows<T>, b: &[T], b_stride: usize) {
 /// Has the places of a row's results, one of a panel, brought to the first-level cache while they are computed: they
 /// are read, if they are, and written only afterwards.
 #[inline(always)]
-pub fn ahead(row: *const f32) {
+pub fn ahead<T>(row: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let row = row.cast::<i8>();
-        // SAFETY: a hint, which reads nothing.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(row);
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(64));
-            // Rows start at any element.
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * WIDTH - 1));
+        let size = WIDTH * size_of::<T>();
+        // Rows start at any element: the last line may be one more.
+        for at in (0..size).step_by(64).chain([size - 1]) {
+            // SAFETY: a hint, which reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(row.cast::<i8>().wrapping_add(at)) };
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -222,7 +220,7 @@ impl Product<'_> {
             let vector = |from: *const f32| from.cast::<S::f32s>().read_unaligned();
             let mut sums = [[simd.splat_f32s(0.0); V]; M];
             for i in 0..M {
-                ahead(c.add(i * self.stride));
+                ahead(c.wrapping_add(i * self.stride));
             }
             for k in 0..self.a.k {
                 let mut columns = [simd.splat_f32s(0.0); V];

@@ -223,11 +223,12 @@ impl<T: Element> Buffers<T> {
         let whole = F::PLAIN && width == WIDTH;
         if whole && TypeId::of::<O>() == TypeId::of::<T>() {
             let mut to = to.cast::<T>();
-            // SAFETY: `T` is `O`.
+            // SAFETY: `T` is `O`, and these are the caller's places.
             let rounded = unsafe {
                 each(a, &self.tiles, of, deep, |rows| {
                     let done = T::rounded_product(rows, b, to, place.stride, place.add);
-                    to = to.add(rows.count * place.stride);
+                    // Past the last row it is used no more.
+                    to = to.wrapping_add(rows.count * place.stride);
                     done
                 })
             };
@@ -247,7 +248,7 @@ impl<T: Element> Buffers<T> {
             // SAFETY: `c` has room for all rows.
             unsafe {
                 T::product(rows, b, WIDTH, to_rows, stride, straight && place.add);
-                to_rows = to_rows.add(rows.count * stride);
+                to_rows = to_rows.wrapping_add(rows.count * stride);
             }
             true
         });
