@@ -6,35 +6,11 @@
 mod common;
 
 use backend::under_test;
-use burn::tensor::{DType, Device, Tensor};
-use common::{difference, random};
+use burn::tensor::{DType, Tensor};
+use common::{check, difference, random};
 use fused_ops::{add, branches, cast, join, linear, lookup, narrow, select};
 
 const TOLERANCE: f32 = 1e-5;
-
-fn flex(tensor: &Tensor<2>) -> Tensor<2> {
-    tensor.clone().inner().to_device(&Device::flex()).autodiff().require_grad()
-}
-
-/// Values and gradients of all inputs.
-fn check(
-    inputs: &[Tensor<2>],
-    ours: impl Fn(&[Tensor<2>]) -> Tensor<2>,
-    plain: impl Fn(&[Tensor<2>]) -> Tensor<2>,
-) {
-    let tolerance = TOLERANCE * under_test().backend.tolerance().operations as f32;
-    let on_flex: Vec<Tensor<2>> = inputs.iter().map(flex).collect();
-    let (a, b) = (ours(inputs), plain(&on_flex));
-    assert!(difference(&a, &b) < tolerance, "values differ by {:e}", difference(&a, &b));
-    let weights = random(a.dims()[0], a.dims()[1]);
-    let grads_a = (a * weights.clone()).sum().backward();
-    let grads_b = (b * flex(&weights)).sum().backward();
-    for (i, (input, on_flex)) in inputs.iter().zip(&on_flex).enumerate() {
-        let (a, b) = (input.grad(&grads_a).unwrap(), on_flex.grad(&grads_b).unwrap());
-        let apart = difference(&a, &b) / b.abs().max().into_scalar::<f32>().max(1.0);
-        assert!(apart < tolerance, "gradient {i} differs by {apart:e}");
-    }
-}
 
 /// Three uses of a tensor, one of which branches again; a fourth beside the branches; one branch that is not used.
 fn used(x: Tensor<2>) -> Tensor<2> {
@@ -50,13 +26,14 @@ fn used_plainly(x: Tensor<2>) -> Tensor<2> {
 #[test]
 fn gradients_of_branches_are_summed() {
     let (x, w) = (random(33, 17), random(17, 17));
-    check(std::slice::from_ref(&x), |i| used(i[0].clone()), |i| used_plainly(i[0].clone()));
+    check(std::slice::from_ref(&x), TOLERANCE, |i| used(i[0].clone()), |i| used_plainly(i[0].clone()));
     // Of a tensor that is computed, and again for the gradient of a weight.
     let product = |i: &[Tensor<2>]| linear(i[0].clone(), i[1].clone());
     let plain = |i: &[Tensor<2>]| i[0].clone().matmul(i[1].clone().transpose());
-    check(&[x.clone(), w.clone()], |i| used(product(i)), |i| used_plainly(plain(i)));
+    check(&[x.clone(), w.clone()], TOLERANCE, |i| used(product(i)), |i| used_plainly(plain(i)));
     check(
         &[x, w],
+        TOLERANCE,
         |i| {
             let [a, b] = branches(i[0].clone());
             linear(a, i[1].clone()) + linear(b, i[1].clone())
@@ -103,10 +80,16 @@ fn rows_plainly(table: Tensor<2>) -> Tensor<2> {
 fn rows_have_their_gradients_summed() {
     let (table, w) = (random(9, 20), random(20, 20));
     for rows in [select, lookup] {
-        check(std::slice::from_ref(&table), |i| rows(i[0].clone(), &ROWS), |i| rows_plainly(i[0].clone()));
+        check(
+            std::slice::from_ref(&table),
+            TOLERANCE,
+            |i| rows(i[0].clone(), &ROWS),
+            |i| rows_plainly(i[0].clone()),
+        );
         // The table has other gradients, before and after.
         check(
             &[table.clone(), w.clone()],
+            TOLERANCE,
             |i| linear(linear(rows(i[0].clone(), &ROWS), i[1].clone()), i[0].clone()),
             |i| {
                 let hidden = rows_plainly(i[0].clone()).matmul(i[1].clone().transpose());

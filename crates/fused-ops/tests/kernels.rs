@@ -9,38 +9,9 @@ mod plain;
 use std::sync::Arc;
 
 use backend::{Backend, under_test};
-use burn::tensor::{DType, Device, Tensor};
-use common::{difference, random};
+use burn::tensor::{DType, Tensor};
+use common::{check, difference, flex, random};
 use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Parameter, Rotary, Scores, Segment, Segments};
-
-/// Runs `op` on both paths and compares the value and the gradient of every input under a random
-/// weighting of the output. The tolerance is Flex's.
-fn check(
-    inputs: &[Tensor<2>],
-    tolerance: f32,
-    fused: impl Fn(&[Tensor<2>]) -> Tensor<2>,
-    plain: impl Fn(&[Tensor<2>]) -> Tensor<2>,
-) {
-    let tolerance = tolerance * under_test().backend.tolerance().operations as f32;
-    let on_flex: Vec<Tensor<2>> = inputs.iter().map(flex).collect();
-    let (a, b) = (fused(inputs), plain(&on_flex));
-    assert_eq!(a.dims(), b.dims());
-    assert!(difference(&a, &b) < tolerance, "values differ by {:e}", difference(&a, &b));
-    let weights = random(a.dims()[0], a.dims()[1]);
-    let grads_a = (a * weights.clone()).sum().backward();
-    let grads_b = (b * flex(&weights)).sum().backward();
-    for (i, (input, on_flex)) in inputs.iter().zip(&on_flex).enumerate() {
-        let (ga, gb) = (input.grad(&grads_a).unwrap(), on_flex.grad(&grads_b).unwrap());
-        let scale = gb.clone().abs().max().into_scalar::<f32>().max(1.0);
-        let worst = difference(&ga, &gb) / scale;
-        assert!(worst < tolerance, "gradient {i} differs by {worst:e} (relative)");
-    }
-}
-
-/// A leaf of its own with the same values on Flex, where the plain formulas are computed.
-fn flex(tensor: &Tensor<2>) -> Tensor<2> {
-    tensor.clone().inner().to_device(&Device::flex()).autodiff().require_grad()
-}
 
 #[test]
 fn linear_matches() {

@@ -391,7 +391,9 @@ fn a_run_takes_the_memory_it_says() {
         println!("{name}: {planned} {saved}, {peak} of {plan}");
         assert!((saved / planned - 1.0).abs() < 0.25, "{name} saves {saved} bytes, {planned} planned");
     }
-    assert!(peak < 1.02 * plan && peak > 0.8 * plan, "{peak} bytes, {plan} planned");
+    // The library of another backend is not planned for, which takes some of it as soon as it is loaded.
+    let library = if cfg!(feature = "tch") { 150e6 } else { 0.0 };
+    assert!(peak < 1.02 * plan + library && peak > 0.8 * plan, "{peak} bytes, {plan} planned");
 }
 
 #[test]
