@@ -24,6 +24,11 @@ fn flat(t: &FlexTensor) -> FlexTensor {
     t.to_contiguous()
 }
 
+/// The same without `t`: the last one to hold the values writes them in place.
+fn owned(t: FlexTensor) -> FlexTensor {
+    flat(&t)
+}
+
 /// The values of a weight. One of 16 bits is never trained.
 fn weight(w: &FlexTensor) -> Weight<'_> {
     if w.dtype() == DType::BF16 { Weight::Narrow(w.storage()) } else { Weight::Single(w.storage()) }
@@ -77,10 +82,7 @@ fn dims(t: &FlexTensor) -> [usize; 2] {
 
 /// `base + a · b`, in place where nothing else holds `base`.
 fn onto<T: Output>(base: FlexTensor, size: (usize, usize, usize), a: Mat<T>, b: Mat<T>) -> FlexTensor {
-    let whole = flat(&base);
-    // The last one to hold the values writes them in place.
-    drop(base);
-    let mut base = whole;
+    let mut base = owned(base);
     matmul(base.storage_mut::<T>(), true, size, a, b);
     base
 }
@@ -193,20 +195,14 @@ impl FusedOps for Flex {
     }
 
     fn rows_added(base: FlexTensor, rows: Arc<Vec<u32>>, values: FlexTensor) -> FlexTensor {
-        let (whole, values) = (flat(&base), flat(&values));
-        // The last one to hold the values writes them in place.
-        drop(base);
-        let mut base = whole;
+        let (mut base, values) = (owned(base), flat(&values));
         let cols = dims(&base)[1];
         typed!(values, T => elementwise::add_rows::<T>(base.storage_mut(), &rows, values.storage(), cols));
         base
     }
 
     fn added(a: FlexTensor, b: FlexTensor) -> FlexTensor {
-        let (whole, b) = (flat(&a), flat(&b));
-        // The last one to hold the values writes them in place.
-        drop(a);
-        let mut a = whole;
+        let (mut a, b) = (owned(a), flat(&b));
         typed!(b, T => elementwise::add::<T>(a.storage_mut(), b.storage()));
         a
     }

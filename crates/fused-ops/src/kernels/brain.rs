@@ -286,7 +286,7 @@ mod tests {
         if !has_narrow_products() {
             return;
         }
-        // Products with the unit matrix of pairs that sum to ties, numbers between, infinities and no number.
+        // Sums of pairs: ties, numbers between, infinities and no number.
         let sums =
             [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -1.0 - 1.0 / 256.0, 3.1, -0.007, 0.0, 1e30, f32::INFINITY];
         for special in [1.0, f32::NAN] {

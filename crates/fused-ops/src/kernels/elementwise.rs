@@ -74,9 +74,14 @@ pub fn add<T: Element>(a: &mut [T], b: &[T]) {
     a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| {
         wide(
             #[inline(always)]
-            || a.iter_mut().zip(b).for_each(|(a, b)| *a = T::of(a.single() + b.single())),
+            || add_to(a, b),
         );
     });
+}
+
+#[inline(always)]
+fn add_to<T: Element>(a: &mut [T], b: &[T]) {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a = T::of(a.single() + b.single()));
 }
 
 /// Adds `values`, rows of `cols` elements, to the rows `rows` of `base`. Those of one row are summed in their order
@@ -93,10 +98,9 @@ pub fn add_rows<T: Element>(base: &mut [T], rows: &[u32], values: &[T], cols: us
             || {
                 sum.copy_from_slice(&values[same[0] * cols..][..cols]);
                 for &i in &same[1..] {
-                    let values = &values[i * cols..][..cols];
-                    sum.iter_mut().zip(values).for_each(|(a, b)| *a = T::of(a.single() + b.single()));
+                    add_to(&mut sum, &values[i * cols..][..cols]);
                 }
-                to.iter_mut().zip(&sum).for_each(|(a, b)| *a = T::of(a.single() + b.single()));
+                add_to(to, &sum);
             },
         );
     }
