@@ -17,7 +17,7 @@ use super::elementwise::cast;
 use super::layout::beside;
 use super::matrix::{Mat, Shared};
 use super::panel::{Element, TILE, WIDTH};
-use super::simd::{exp, exp_shifted, max, softcap, softcap_slope, weighted_sums, wide};
+use super::simd::{exp, exps, max, softcap, softcap_slope, weighted_sums, wide};
 use crate::{Heads, Scores, Segment, Segments};
 
 /// Tokens whose gradients are added up at a time.
@@ -28,10 +28,14 @@ const TOKENS: usize = 64;
 struct Buffers<T> {
     k: Laid<T>,
     v: Laid<T>,
-    /// Scores, then probabilities, `[rows, keys]`.
-    p: Vec<f32>,
-    /// Gradients of the scores.
-    ds: Vec<f32>,
+    /// Scores, `[rows, keys]`.
+    scores: Vec<f32>,
+    /// Gradients of the probabilities.
+    dp: Vec<f32>,
+    /// Probabilities, `[rows, keys]`, in the backward pass of a group of rows at a time.
+    p: Vec<T>,
+    /// Gradients of the scores, `[rows, keys]`.
+    ds: Vec<T>,
     /// Output or gradients of a block, `[rows, dim]`.
     out: Vec<f32>,
     /// Queries and gradients of a block, `[rows, dim]`.
@@ -39,10 +43,8 @@ struct Buffers<T> {
     grad: Vec<T>,
     /// Their features side by side.
     tiles: Vec<T>,
-    /// Keys of a block side by side.
-    panels: Vec<T>,
-    /// Probabilities and gradients of scores in the type of the operands.
-    narrow: [Vec<T>; 2],
+    /// Probabilities and gradients of the scores, keys side by side.
+    panels: [Vec<T>; 2],
 }
 
 /// Rows of a block, one after the other, whole groups each; returns the elements from one to the next.
@@ -58,7 +60,12 @@ fn gather<T: Element>(
     let stride = dim.next_multiple_of(T::GROUP);
     into.clear();
     for token in first..first + block.len {
-        for row in data[x.of_query(token, kv)].chunks_exact(dim) {
+        let rows = &data[x.of_query(token, kv)];
+        if stride == dim {
+            into.extend_from_slice(rows);
+            continue;
+        }
+        for row in rows.chunks_exact(dim) {
             into.extend_from_slice(row);
             into.resize(into.len() + stride - dim, T::default());
         }
@@ -98,19 +105,18 @@ pub fn forward<T: Element>(x: Operands<T>, segments: &Segments) -> (Vec<T>, Vec<
     let to = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks = Task::all(segments, x.heads, x.scores.window).into_par_iter();
     tasks.for_each_init(Buffers::default, |buffers: &mut Buffers<T>, task| {
-        let Buffers { k, v, p, q, out, narrow: [narrow, _], .. } = buffers;
+        let Buffers { k, v, scores, p, q, out, .. } = buffers;
         let keys = k.fill(&x, x.k, &task, [true, false]);
         v.fill(&x, x.v, &task, [false, true]);
         for block in blocks(&task, group, x.scores.window) {
             let (rows, width, columns) = (block.len * group, block.width(), dim.next_multiple_of(WIDTH));
             let stride = gather(&x, x.q, &task.s, block, task.kv, q);
-            p.resize(rows * width, 0.0);
-            times(p, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
-            let scale = shape(p, x.scores);
-            let sums = softmax(p, scale, block, group);
+            scores.resize(rows * width, 0.0);
+            times(scores, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
+            let scale = shape(scores, x.scores);
+            let sums = softmax(scores, scale, block, group, p);
             out.resize(rows * columns, 0.0);
-            let a = plain(T::of_all(p, narrow), block.keys(), width);
-            times(out, columns, false, a, &v.of_features, (keys, block.start));
+            times(out, columns, false, plain(p, block.keys(), width), &v.of_features, (keys, block.start));
             // SAFETY: queries of different segments and the features of different heads are disjoint, so no other
             // task writes these elements.
             unsafe { write_rows(&x, &task.s, block, task.kv, out, &sums, to) };
@@ -139,19 +145,21 @@ unsafe fn write_rows<T: Element>(
     (out, lse): (Shared<T>, Shared),
 ) {
     let (group, dim) = (x.group(), x.heads.dim);
-    for (row, (from, &(sum, of_row))) in rows.chunks_exact(dim.next_multiple_of(WIDTH)).zip(sums).enumerate()
-    {
-        let (token, head) = (s.query + block.first + row / group, row % group);
-        let at = x.of_query(token, kv).start + head * dim;
-        // SAFETY: the caller's promise.
-        unsafe {
-            wide(
-                #[inline(always)]
-                || (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] / sum))),
-            );
-            *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
-        }
-    }
+    let rows = rows.chunks_exact(dim.next_multiple_of(WIDTH)).zip(sums).enumerate();
+    wide(
+        #[inline(always)]
+        || {
+            for (row, (from, &(sum, of_row))) in rows {
+                let (token, head) = (s.query + block.first + row / group, row % group);
+                let (at, part) = (x.of_query(token, kv).start + head * dim, 1.0 / sum);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] * part)));
+                    *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
+                }
+            }
+        },
+    );
 }
 
 impl<T> Shared<T> {
@@ -160,24 +168,32 @@ impl<T> Shared<T> {
     }
 }
 
-/// Exponentials of each row over the keys it sees, scaled and shifted by their maximum; the others become 0. Returns the
-/// sum and the log-sum-exp of each row.
-fn softmax(scores: &mut [f32], scale: f32, block: Block, group: usize) -> Vec<(f32, f32)> {
-    let row = |(row, scores): (usize, &mut [f32])| {
-        wide(
-            #[inline(always)]
-            || {
+/// Exponentials of each row over the keys it sees, scaled and shifted by their maximum, to `p`; 0 for the others. Returns
+/// the sum and the log-sum-exp of each row.
+fn softmax<T: Element>(
+    scores: &[f32],
+    scale: f32,
+    block: Block,
+    group: usize,
+    p: &mut Vec<T>,
+) -> Vec<(f32, f32)> {
+    p.resize(scores.len(), T::default());
+    let rows = scores.chunks_exact(block.width()).zip(p.chunks_exact_mut(block.width())).enumerate();
+    let mut sums = Vec::with_capacity(block.len * group);
+    wide(
+        #[inline(always)]
+        || {
+            for (row, (scores, p)) in rows {
                 let Range { start, end } = block.visible(row / group);
-                scores[..start].fill(0.0);
-                scores[end..].fill(0.0);
-                let seen = &mut scores[start..end];
-                let top = scale * max(seen);
-                let sum = exp_shifted(seen, scale, top);
-                (sum, top + sum.ln())
-            },
-        )
-    };
-    scores.chunks_exact_mut(block.width()).enumerate().map(row).collect()
+                p[..start].fill(T::default());
+                p[end..].fill(T::default());
+                let top = scale * max(&scores[start..end]);
+                let sum = exps(&scores[start..end], (scale, top), &mut p[start..end], T::of);
+                sums.push((sum, top + sum.ln()));
+            }
+        },
+    );
+    sums
 }
 
 /// Gradients of the keys and values of a task, `[dim, keys]`.
@@ -218,7 +234,7 @@ fn add_shares<T: Element>(
     Heads { kv, dim, .. }: Heads,
 ) {
     let tokens = first..first + part.len() / (kv * dim);
-    let mut sums = vec![0.0; part.len()];
+    let (mut sums, mut rows) = (vec![0.0; part.len()], Vec::new());
     for (task, shares) in tasks.iter().zip(shares) {
         let share = &shares[which];
         let width = share.len() / dim;
@@ -227,10 +243,16 @@ fn add_shares<T: Element>(
             if start >= end {
                 continue;
             }
-            for j in 0..dim {
-                let from = &share[j * width + at + start - run.start..][..end - start];
-                let to = sums[((start - first) * kv + task.kv) * dim + j..].iter_mut().step_by(kv * dim);
-                to.zip(from).for_each(|(sum, share)| *sum += share);
+            // Features of a token side by side, as they are in the sums.
+            let of_features = Mat::rows(&share[at + start - run.start..], width);
+            beside::<f32, WIDTH>(of_features, dim, end - start, &mut rows);
+            let panels = rows.chunks_exact(WIDTH * (end - start)).zip((0..dim).step_by(WIDTH));
+            for (panel, feature) in panels {
+                let features = WIDTH.min(dim - feature);
+                for (token, row) in (start..end).zip(panel.as_chunks::<WIDTH>().0) {
+                    let to = &mut sums[((token - first) * kv + task.kv) * dim + feature..][..features];
+                    to.iter_mut().zip(row).for_each(|(sum, share)| *sum += share);
+                }
             }
         }
     }
@@ -249,7 +271,7 @@ unsafe fn task_backward<T: Element>(
     dq: Shared<T>,
 ) -> Shares {
     let (group, dim, s) = (x.group(), x.heads.dim, &task.s);
-    let Buffers { k, v, p, ds, out, q, grad: g, tiles, panels, narrow: [of_p, of_ds] } = buffers;
+    let Buffers { k, v, out, q, grad: g, tiles, .. } = buffers;
     let keys = k.fill(x, x.k, task, [true, true]);
     v.fill(x, x.v, task, [true, false]);
     let (all, columns) = (keys.next_multiple_of(WIDTH), dim.next_multiple_of(WIDTH));
@@ -258,73 +280,125 @@ unsafe fn task_backward<T: Element>(
         let (rows, width) = (block.len * group, block.width());
         let stride = gather(x, x.q, s, block, task.kv, q);
         gather(x, grad, s, block, task.kv, g);
-        p.resize(rows * width, 0.0);
-        ds.resize(rows * width, 0.0);
-        times(p, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
-        let scale = shape(p, x.scores);
-        times(ds, width, false, plain(g, dim, stride), seen(&v.of_keys, dim, block), (dim, 0));
+        let Buffers { scores, dp, p, ds, panels, .. } = buffers;
+        scores.resize(rows * width, 0.0);
+        dp.resize(rows * width, 0.0);
+        times(scores, width, false, plain(q, dim, stride), seen(&k.of_keys, dim, block), (dim, 0));
+        let scale = shape(scores, x.scores);
+        times(dp, width, false, plain(g, dim, stride), seen(&v.of_keys, dim, block), (dim, 0));
         let tokens = s.query + block.first..s.query + block.first + block.len;
-        let shifts: Vec<f32> =
+        let lse: Vec<f32> =
             tokens.clone().flat_map(|token| &lse[x.of_lse(token, task.kv)]).copied().collect();
-        score_gradients((x.scores, scale), group, block, &shifts, p, ds);
-        let (p, ds) = (T::of_all(p, of_p), T::of_all(ds, of_ds));
-        for (values, of_rows, sum) in [(p, &*g, &mut dv), (ds, &*q, &mut dk)] {
+        let of = Rows { scores: x.scores, scale, group, block, lse: &lse };
+        of.gradients(scores, dp, (p, ds), panels);
+        for (panels, of_rows, sum) in [(&panels[0], &*g, &mut dv), (&panels[1], &*q, &mut dk)] {
             beside::<T, TILE>(Mat::rows(of_rows, stride).t(), dim, rows, tiles);
-            beside::<T, WIDTH>(Mat::rows(values, width).t(), width, rows, panels);
             tiles_times(&mut sum[block.start..], all, (tiles, dim), rows, panels);
         }
         out.resize(rows * columns, 0.0);
-        times(out, columns, false, plain(ds, block.keys(), width), &k.of_features, (keys, block.start));
-        for (row, from) in out.chunks_exact(columns).enumerate() {
-            let to = x.of_query(tokens.start + row / group, task.kv).start + row % group * dim;
-            wide(
-                #[inline(always)]
-                // SAFETY: the caller's promise.
-                || (0..dim).for_each(|j| unsafe { dq.get().add(to + j).write(T::of(from[j])) }),
-            );
-        }
+        let a = plain(&ds[..rows * width], block.keys(), width);
+        times(out, columns, false, a, &k.of_features, (keys, block.start));
+        let of_rows = out.chunks_exact(columns).enumerate();
+        wide(
+            #[inline(always)]
+            || {
+                for (row, from) in of_rows {
+                    let to = x.of_query(tokens.start + row / group, task.kv).start + row % group * dim;
+                    // SAFETY: the caller's promise.
+                    (0..dim).for_each(|j| unsafe { dq.get().add(to + j).write(T::of(from[j])) });
+                }
+            },
+        );
     }
     [dk, dv]
 }
 
-/// Turns scores, which are still to be multiplied by the second factor, into probabilities (`p`) and `dp`, their
-/// gradient, into that of the products; `lse` is of the block's rows. What a row's gradients have in common is taken
-/// from these same numbers, and not from the output: so they add up to 0 as they should, to within the rounding of one
-/// sum.
-fn score_gradients(
-    (Scores { scale, softcap, .. }, of_scores): (Scores, f32),
+/// The rows of a block.
+struct Rows<'a> {
+    scores: Scores,
+    /// What scores are still to be multiplied by.
+    scale: f32,
     group: usize,
     block: Block,
-    lse: &[f32],
-    p: &mut [f32],
-    dp: &mut [f32],
-) {
-    let width = block.width();
-    for (row, &shift) in lse.iter().enumerate() {
-        let Range { start, end } = block.visible(row / group);
-        let (p, dp) = (&mut p[row * width..(row + 1) * width], &mut dp[row * width..(row + 1) * width]);
-        wide(
-            #[inline(always)]
-            || {
-                let (seen, d) = (&mut p[start..end], &mut dp[start..end]);
-                if let Some(cap) = softcap {
-                    let (sum, weighted) = weighted_sums(seen, d, |s| exp(s - shift));
-                    for (p, d) in seen.iter_mut().zip(d.iter_mut()) {
-                        let slope = softcap_slope(*p, cap);
-                        *p = exp(*p - shift);
-                        *d = *p * (*d - weighted / sum) * scale * slope;
+    lse: &'a [f32],
+}
+
+impl Rows<'_> {
+    /// Turns scores and the gradients of the probabilities (`dp`) into probabilities (`p`), of the last group of rows, and
+    /// gradients of the products (`ds`), both laid out in `panels` as well. A group of rows at a time, which stays in the
+    /// first-level cache.
+    fn gradients<T: Element>(
+        &self,
+        scores: &mut [f32],
+        dp: &[f32],
+        (p, ds): (&mut Vec<T>, &mut Vec<T>),
+        panels: &mut [Vec<T>; 2],
+    ) {
+        let (rows, width) = (self.lse.len(), self.block.width());
+        let groups = rows.div_ceil(T::GROUP);
+        p.resize(T::GROUP * width, T::default());
+        ds.resize(groups * T::GROUP * width, T::default());
+        panels.iter_mut().for_each(|panels| panels.resize(groups * T::GROUP * width, T::default()));
+        for (group, ds) in ds.chunks_exact_mut(T::GROUP * width).enumerate() {
+            wide(
+                #[inline(always)]
+                || {
+                    for (i, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate()
+                    {
+                        let row = group * T::GROUP + i;
+                        let of_row = row * width..((row + 1) * width).min(scores.len());
+                        if of_row.is_empty() {
+                            // The group is not full.
+                            [p, ds].into_iter().for_each(|none| none.fill(T::default()));
+                        } else {
+                            self.row(row, &mut scores[of_row.clone()], &dp[of_row], p, ds);
+                        }
                     }
-                } else {
-                    seen.iter_mut().for_each(|p| *p = exp(*p * of_scores - shift));
-                    let (sum, weighted) = weighted_sums(seen, d, |p| p);
-                    let delta = weighted / sum;
-                    seen.iter().zip(d.iter_mut()).for_each(|(p, d)| *d = *p * (*d - delta) * scale);
-                }
-                for hidden in [0..start, end..width] {
-                    p[hidden.clone()].fill(0.0);
-                    dp[hidden].fill(0.0);
-                }
-            },
-        );
+                    for (values, panels) in [&*p, &*ds].into_iter().zip(&mut *panels) {
+                        for panel in 0..width / WIDTH {
+                            let to = &mut panels[(panel * groups + group) * WIDTH * T::GROUP..]
+                                [..WIDTH * T::GROUP];
+                            let from = &values[panel * WIDTH..(T::GROUP - 1) * width + (panel + 1) * WIDTH];
+                            // SAFETY: rows of a panel, and places for them.
+                            unsafe { T::beside::<WIDTH>(from.as_ptr(), width, WIDTH, to.as_mut_ptr()) };
+                        }
+                    }
+                },
+            );
+        }
+    }
+
+    /// What a row's gradients have in common is taken from these same numbers, and not from the output: so they add up to
+    /// 0 as they should, to within the rounding of one sum.
+    #[inline(always)]
+    fn row<T: Element>(&self, row: usize, scores: &mut [f32], dp: &[f32], p: &mut [T], ds: &mut [T]) {
+        let Scores { scale, softcap, .. } = self.scores;
+        let Range { start, end } = self.block.visible(row / self.group);
+        for hidden in [0..start, end..p.len()] {
+            p[hidden.clone()].fill(T::default());
+            ds[hidden].fill(T::default());
+        }
+        let (seen, dp, p, ds) =
+            (&mut scores[start..end], &dp[start..end], &mut p[start..end], &mut ds[start..end]);
+        let shift = self.lse[row];
+        if let Some(cap) = softcap {
+            let (sum, weighted) = weighted_sums(seen, dp, |s| exp(s - shift));
+            let delta = weighted / sum;
+            for (((&mut s, &dp), p), ds) in seen.iter_mut().zip(dp).zip(p).zip(ds) {
+                let value = exp(s - shift);
+                *p = T::of(value);
+                *ds = T::of(value * (dp - delta) * scale * softcap_slope(s, cap));
+            }
+        } else {
+            for (s, p) in seen.iter_mut().zip(p) {
+                *s = exp(s.mul_add(self.scale, -shift));
+                *p = T::of(*s);
+            }
+            let (sum, weighted) = weighted_sums(seen, dp, |p| p);
+            let delta = weighted / sum;
+            for ((&mut p, &dp), ds) in seen.iter_mut().zip(dp).zip(ds) {
+                *ds = T::of(p * (dp - delta) * scale);
+            }
+        }
     }
 }

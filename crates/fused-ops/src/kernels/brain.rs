@@ -66,15 +66,6 @@ impl Element for bf16 {
         }
     }
 
-    fn of_all<'a>(values: &'a [f32], into: &'a mut Vec<bf16>) -> &'a [bf16] {
-        into.resize(values.len(), bf16::ZERO);
-        wide(
-            #[inline(always)]
-            || into.iter_mut().zip(values).for_each(|(to, &from)| *to = rounded(from)),
-        );
-        into
-    }
-
     fn rows(values: &[f32], k: usize) -> Cow<'_, [bf16]> {
         let inner = k.next_multiple_of(2);
         let mut out = vec![bf16::ZERO; values.len() / k * inner];

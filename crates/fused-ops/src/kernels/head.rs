@@ -252,7 +252,8 @@ fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: 
     let len = of.part.len();
     if T::GROUP == 1 {
         of.all(z);
-        return Mat::rows(T::of_all(z, into), len);
+        // A group of one is a number of 32 bits.
+        return Mat::rows(bytemuck::cast_slice(z), len);
     }
     let width = len.next_multiple_of(T::GROUP);
     into.resize(z.len() / len * width, T::default());

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::matrix::{Shared, count};
 use super::panel::{Element, Rows, WIDTH};
-use super::simd::{exp_shifted, max, softcap, wide};
+use super::simd::{exps, max, softcap, wide};
 use crate::paged::{PAGE, Span};
 use crate::{Heads, Scores};
 
@@ -80,8 +80,9 @@ pub struct Cache<'a, T> {
 #[derive(Default)]
 struct Buffers<T> {
     q: Vec<f32>,
-    /// Scores, then probabilities, `[rows, keys]`.
-    p: Vec<f32>,
+    /// Scores and probabilities, `[rows, keys]`.
+    products: Vec<f32>,
+    p: Vec<T>,
     out: Vec<f32>,
     /// Columns of values that do not fill a panel.
     tail: Vec<T>,
@@ -123,7 +124,7 @@ unsafe fn block<T: Element>(
     let (dim, group) = (heads.dim, heads.query / heads.kv);
     let rows = queries.len() * group;
     let place = |query: usize| (span.query + query) * heads.query * dim + head * group * dim;
-    let Buffers { q: block, p, out, tail } = buffers;
+    let Buffers { q: block, products, p, out, tail } = buffers;
     block.clear();
     for query in queries.clone() {
         let at = place(query);
@@ -134,26 +135,26 @@ unsafe fn block<T: Element>(
     let (low, high) = (sees(queries.start).start / PAGE, sees(queries.end - 1).end.div_ceil(PAGE));
     let pages = &span.pages[low..high];
     let width = pages.len() * PAGE;
-    p.clear();
-    p.resize(rows * width, 0.0);
+    products.resize(rows * width, 0.0);
+    p.resize(rows * width, T::default());
     let part = |page: u32| (page as usize * heads.kv + head) * PAGE * dim..;
     let a = T::rows(block, dim);
     let a = Rows { data: &a, stride: dim.next_multiple_of(T::GROUP), group: T::GROUP, count: rows, k: dim };
     for (i, &page) in pages.iter().enumerate() {
-        // SAFETY: `p` has `PAGE` columns for each page.
-        unsafe { T::product(a, &keys[part(page)], PAGE, p.as_mut_ptr().add(i * PAGE), width, false) };
+        // SAFETY: `products` has `PAGE` columns for each page.
+        unsafe { T::product(a, &keys[part(page)], PAGE, products.as_mut_ptr().add(i * PAGE), width, false) };
     }
     let sums: Vec<f32> = (0..rows)
         .map(|row| {
             let seen = sees(queries.start + row / group);
             let seen = seen.start - low * PAGE..seen.end - low * PAGE;
-            softmax(&mut p[row * width..][..width], seen, scores.softcap)
+            let row = row * width..(row + 1) * width;
+            softmax(&mut products[row.clone()], seen, scores.softcap, &mut p[row])
         })
         .collect();
     out.clear();
     out.resize(rows * dim.next_multiple_of(WIDTH), 0.0);
     let stride = dim.next_multiple_of(WIDTH);
-    let p = T::rows(p, width);
     for (i, &page) in pages.iter().enumerate() {
         let a = Rows { data: &p[i * PAGE..], stride: width, group: T::GROUP, count: rows, k: PAGE };
         let values = &values[part(page)];
@@ -183,19 +184,23 @@ unsafe fn block<T: Element>(
     }
 }
 
-/// Probabilities of the keys that are seen, not yet divided by the sum that is returned; 0 for the others.
-fn softmax(row: &mut [f32], seen: std::ops::Range<usize>, cap: Option<f32>) -> f32 {
-    row[..seen.start].fill(0.0);
-    row[seen.end..].fill(0.0);
-    let row = &mut row[seen];
+/// Probabilities of the keys that are seen, not yet divided by the sum that is returned, to `p`; 0 for the others.
+fn softmax<T: Element>(
+    scores: &mut [f32],
+    seen: std::ops::Range<usize>,
+    cap: Option<f32>,
+    p: &mut [T],
+) -> f32 {
+    p[..seen.start].fill(T::default());
+    p[seen.end..].fill(T::default());
+    let (scores, p) = (&mut scores[seen.clone()], &mut p[seen]);
     wide(
         #[inline(always)]
         || {
             if let Some(cap) = cap {
-                row.iter_mut().for_each(|score| *score = softcap(*score, cap));
+                scores.iter_mut().for_each(|score| *score = softcap(*score, cap));
             }
-            let top = max(row);
-            exp_shifted(row, 1.0, top)
+            exps(scores, (1.0, max(scores)), p, T::of)
         },
     )
 }

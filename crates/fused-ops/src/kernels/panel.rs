@@ -49,9 +49,6 @@ pub trait Element: burn::tensor::Element + bytemuck::Pod {
     /// `from` must be readable for `GROUP` lines of `count` columns, `to` writable for the groups of `count` columns.
     unsafe fn beside<const W: usize>(from: *const Self, stride: usize, count: usize, to: *mut Self);
 
-    /// The same values in this type, in `into` where it is another.
-    fn of_all<'a>(values: &'a [f32], into: &'a mut Vec<Self>) -> &'a [Self];
-
     /// Rows of `k` values, those of a group that is not full filled up with 0.
     fn rows(values: &[f32], k: usize) -> Cow<'_, [Self]>;
 
@@ -139,10 +136,6 @@ impl Element for f32 {
                 std::ptr::copy_nonoverlapping(from, to, count);
             }
         }
-    }
-
-    fn of_all<'a>(values: &'a [f32], _: &'a mut Vec<f32>) -> &'a [f32] {
-        values
     }
 
     fn rows(values: &[f32], _: usize) -> Cow<'_, [f32]> {

@@ -40,16 +40,14 @@ pub fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.0);
-    let rounded = x * LOG2E + ROUND;
+    let rounded = x.mul_add(LOG2E, ROUND);
     let n = rounded - ROUND;
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
     let mut p = 1.987_569_1e-4_f32;
-    p = p * r + 1.398_2e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
-    let e = p * r * r + r + 1.0;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+        p = p.mul_add(r, c);
+    }
+    let e = p.mul_add(r * r, r) + 1.0;
     // The last bits of `rounded` are the integer: a conversion would not vectorise.
     let shift = rounded.to_bits().wrapping_sub(ROUND.to_bits()) << 23;
     f32::from_bits(e.to_bits().wrapping_add(shift))
@@ -173,13 +171,25 @@ pub fn max(xs: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
-/// Replaces each `x` by `e^(scale · x - shift)` and returns the sum.
+/// Puts `of(e^(scale · x - shift))` of each `x` into `to` and returns the sum of the exponentials, in fixed lanes.
 #[inline(always)]
-pub fn exp_shifted(xs: &mut [f32], scale: f32, shift: f32) -> f32 {
-    for x in xs.iter_mut() {
-        *x = exp(scale * *x - shift);
+pub fn exps<T>(xs: &[f32], (scale, shift): (f32, f32), to: &mut [T], of: impl Fn(f32) -> T) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let ((blocks, rest), (to, to_rest)) = (xs.as_chunks::<LANES>(), to.as_chunks_mut::<LANES>());
+    for (block, to) in blocks.iter().zip(to) {
+        let mut values = *block;
+        for i in 0..LANES {
+            values[i] = exp(scale.mul_add(values[i], -shift));
+            to[i] = of(values[i]);
+        }
+        lanes = each(lanes, &values, |lane, value| lane + value);
     }
-    sum_by(xs, |x| x)
+    for ((lane, &x), to) in lanes.iter_mut().zip(rest).zip(to_rest) {
+        let value = exp(scale.mul_add(x, -shift));
+        *to = of(value);
+        *lane += value;
+    }
+    fold(lanes, |a, b| a + b)
 }
 
 #[inline(always)]
