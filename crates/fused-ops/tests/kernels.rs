@@ -100,7 +100,6 @@ fn rotary_and_activations_match() {
 
 #[test]
 fn packed_attention_matches() {
-    let heads = Heads { query: 6, kv: 2, dim: 8 };
     let mut segments = Segments::default();
     let rows: [(usize, &[usize]); 4] = [(70, &[65, 3]), (0, &[9, 5]), (130, &[]), (4, &[0, 7])];
     let mut at = 0;
@@ -109,17 +108,21 @@ fn packed_attention_matches() {
         at += shared + tails.iter().sum::<usize>();
     }
     let segments = Arc::new(segments);
-    let (q, k, v) = (random(at, 48), random(at, 16), random(at, 16));
-    for (softcap, window) in
-        [(None, None), (Some(2.0), None), (None, Some(70)), (Some(1.5), Some(5)), (None, Some(1))]
-    {
-        let scores = Scores { scale: 0.35, softcap, window };
-        check(
-            &[q.clone(), k.clone(), v.clone()],
-            2e-5,
-            |i| fused_ops::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
-            |i| plain::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
-        );
+    // Features that fill no panel, and more than one.
+    for dim in [8, 40] {
+        let heads = Heads { query: 6, kv: 2, dim };
+        let (q, k, v) = (random(at, 6 * dim), random(at, 2 * dim), random(at, 2 * dim));
+        for (softcap, window) in
+            [(None, None), (Some(2.0), None), (None, Some(70)), (Some(1.5), Some(5)), (None, Some(1))]
+        {
+            let scores = Scores { scale: 1.0 / (dim as f32).sqrt(), softcap, window };
+            check(
+                &[q.clone(), k.clone(), v.clone()],
+                2e-5,
+                |i| fused_ops::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
+                |i| plain::attention(i[0].clone(), i[1].clone(), i[2].clone(), &segments, heads, scores),
+            );
+        }
     }
 }
 

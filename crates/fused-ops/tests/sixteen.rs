@@ -68,16 +68,18 @@ fn sixteen_bits_are_close_to_thirty_two() {
             assert!(apart(&a, &b) < 0.03, "gradient {i}: {:e}", apart(&a, &b));
         }
     };
-    let heads = Heads { query: 6, kv: 2, dim: 20 };
     let mut segments = Segments::default();
     segments.push_row(0, 70, &[65, 3]);
     let segments = Arc::new(segments);
-    let inputs = [random(138, 120), random(138, 40), random(138, 40)];
-    for (softcap, window) in [(None, None), (Some(2.0), None), (None, Some(9))] {
-        let scores = Scores { scale: 0.25, softcap, window };
-        let run = |[q, k, v]: [Tensor<2>; 3]| fused_ops::attention(q, k, v, &segments, heads, scores);
-        let half = single(run(inputs.each_ref().map(narrow)));
-        near(&inputs, run(inputs.clone()), half);
+    for dim in [20, 40, 7] {
+        let heads = Heads { query: 6, kv: 2, dim };
+        let inputs = [random(138, 6 * dim), random(138, 2 * dim), random(138, 2 * dim)];
+        for (softcap, window) in [(None, None), (Some(2.0), None), (None, Some(9)), (Some(2.0), Some(9))] {
+            let scores = Scores { scale: 0.25, softcap, window };
+            let run = |[q, k, v]: [Tensor<2>; 3]| fused_ops::attention(q, k, v, &segments, heads, scores);
+            let half = single(run(inputs.each_ref().map(narrow)));
+            near(&inputs, run(inputs.clone()), half);
+        }
     }
     let (x, w, a, b) = (random(37, 24), random(41, 24).inner(), random(3, 24), random(41, 3));
     let run =

@@ -6,8 +6,6 @@
 
 #![allow(unsafe_code)]
 
-use std::ops::Range;
-
 use bytemuck::zeroed_vec;
 use rayon::prelude::*;
 
@@ -17,8 +15,9 @@ use super::elementwise::cast;
 use super::layout::beside;
 use super::matrix::{Mat, Shared};
 use super::panel::{Element, TILE, WIDTH};
-use super::simd::{exp, exps, max, softcap, softcap_slope, weighted_sums, wide};
-use crate::{Heads, Scores, Segment, Segments};
+use super::scores::{OfBlock, shape, softmax};
+use super::simd::wide;
+use crate::{Heads, Segment, Segments};
 
 /// Tokens whose gradients are added up at a time.
 const TOKENS: usize = 64;
@@ -28,13 +27,13 @@ const TOKENS: usize = 64;
 struct Buffers<T> {
     k: Laid<T>,
     v: Laid<T>,
-    /// Scores, `[rows, keys]`.
+    /// Scores, `[rows, keys]`; after [`OfBlock::gradients`] probabilities in 32 bits, if scores are not capped.
     scores: Vec<f32>,
     /// Gradients of the probabilities.
     dp: Vec<f32>,
     /// Probabilities, `[rows, keys]`, in the backward pass of a group of rows at a time.
     p: Vec<T>,
-    /// Gradients of the scores, `[rows, keys]`.
+    /// Gradients of the scores, `[rows, keys]`, whole groups of rows.
     ds: Vec<T>,
     /// Output or gradients of a block, `[rows, dim]`.
     out: Vec<f32>,
@@ -62,6 +61,7 @@ fn gather<T: Element>(
     for token in first..first + block.len {
         let rows = &data[x.of_query(token, kv)];
         if stride == dim {
+            // All heads at once.
             into.extend_from_slice(rows);
             continue;
         }
@@ -71,16 +71,6 @@ fn gather<T: Element>(
         }
     }
     stride
-}
-
-/// Products to scores, capped ones; others are scaled where they are read.
-fn shape(products: &mut [f32], Scores { scale, softcap: cap, .. }: Scores) -> f32 {
-    let Some(cap) = cap else { return scale };
-    wide(
-        #[inline(always)]
-        || products.iter_mut().for_each(|s| *s = softcap(*s * scale, cap)),
-    );
-    1.0
 }
 
 /// Operands of 32 bits, where those of 16 gain nothing.
@@ -151,10 +141,10 @@ unsafe fn write_rows<T: Element>(
         || {
             for (row, (from, &(sum, of_row))) in rows {
                 let (token, head) = (s.query + block.first + row / group, row % group);
-                let (at, part) = (x.of_query(token, kv).start + head * dim, 1.0 / sum);
+                let (at, inverse) = (x.of_query(token, kv).start + head * dim, 1.0 / sum);
                 // SAFETY: the caller's promise.
                 unsafe {
-                    (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] * part)));
+                    (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] * inverse)));
                     *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
                 }
             }
@@ -166,34 +156,6 @@ impl<T> Shared<T> {
     fn get(self) -> *mut T {
         self.0
     }
-}
-
-/// Exponentials of each row over the keys it sees, scaled and shifted by their maximum, to `p`; 0 for the others. Returns
-/// the sum and the log-sum-exp of each row.
-fn softmax<T: Element>(
-    scores: &[f32],
-    scale: f32,
-    block: Block,
-    group: usize,
-    p: &mut Vec<T>,
-) -> Vec<(f32, f32)> {
-    p.resize(scores.len(), T::default());
-    let rows = scores.chunks_exact(block.width()).zip(p.chunks_exact_mut(block.width())).enumerate();
-    let mut sums = Vec::with_capacity(block.len * group);
-    wide(
-        #[inline(always)]
-        || {
-            for (row, (scores, p)) in rows {
-                let Range { start, end } = block.visible(row / group);
-                p[..start].fill(T::default());
-                p[end..].fill(T::default());
-                let top = scale * max(&scores[start..end]);
-                let sum = exps(&scores[start..end], (scale, top), &mut p[start..end], T::of);
-                sums.push((sum, top + sum.ln()));
-            }
-        },
-    );
-    sums
 }
 
 /// Gradients of the keys and values of a task, `[dim, keys]`.
@@ -289,13 +251,14 @@ unsafe fn task_backward<T: Element>(
         let tokens = s.query + block.first..s.query + block.first + block.len;
         let lse: Vec<f32> =
             tokens.clone().flat_map(|token| &lse[x.of_lse(token, task.kv)]).copied().collect();
-        let of = Rows { scores: x.scores, scale, group, block, lse: &lse };
+        let of = OfBlock { scores: x.scores, of_products: scale, group, block, lse: &lse };
         of.gradients(scores, dp, (p, ds), panels);
         for (panels, of_rows, sum) in [(&panels[0], &*g, &mut dv), (&panels[1], &*q, &mut dk)] {
             beside::<T, TILE>(Mat::rows(of_rows, stride).t(), dim, rows, tiles);
             tiles_times(&mut sum[block.start..], all, (tiles, dim), rows, panels);
         }
         out.resize(rows * columns, 0.0);
+        // Without the row that fills up the last group.
         let a = plain(&ds[..rows * width], block.keys(), width);
         times(out, columns, false, a, &k.of_features, (keys, block.start));
         let of_rows = out.chunks_exact(columns).enumerate();
@@ -311,94 +274,4 @@ unsafe fn task_backward<T: Element>(
         );
     }
     [dk, dv]
-}
-
-/// The rows of a block.
-struct Rows<'a> {
-    scores: Scores,
-    /// What scores are still to be multiplied by.
-    scale: f32,
-    group: usize,
-    block: Block,
-    lse: &'a [f32],
-}
-
-impl Rows<'_> {
-    /// Turns scores and the gradients of the probabilities (`dp`) into probabilities (`p`), of the last group of rows, and
-    /// gradients of the products (`ds`), both laid out in `panels` as well. A group of rows at a time, which stays in the
-    /// first-level cache.
-    fn gradients<T: Element>(
-        &self,
-        scores: &mut [f32],
-        dp: &[f32],
-        (p, ds): (&mut Vec<T>, &mut Vec<T>),
-        panels: &mut [Vec<T>; 2],
-    ) {
-        let (rows, width) = (self.lse.len(), self.block.width());
-        let groups = rows.div_ceil(T::GROUP);
-        p.resize(T::GROUP * width, T::default());
-        ds.resize(groups * T::GROUP * width, T::default());
-        panels.iter_mut().for_each(|panels| panels.resize(groups * T::GROUP * width, T::default()));
-        for (group, ds) in ds.chunks_exact_mut(T::GROUP * width).enumerate() {
-            wide(
-                #[inline(always)]
-                || {
-                    for (i, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate()
-                    {
-                        let row = group * T::GROUP + i;
-                        let of_row = row * width..((row + 1) * width).min(scores.len());
-                        if of_row.is_empty() {
-                            // The group is not full.
-                            [p, ds].into_iter().for_each(|none| none.fill(T::default()));
-                        } else {
-                            self.row(row, &mut scores[of_row.clone()], &dp[of_row], p, ds);
-                        }
-                    }
-                    for (values, panels) in [&*p, &*ds].into_iter().zip(&mut *panels) {
-                        for panel in 0..width / WIDTH {
-                            let to = &mut panels[(panel * groups + group) * WIDTH * T::GROUP..]
-                                [..WIDTH * T::GROUP];
-                            let from = &values[panel * WIDTH..(T::GROUP - 1) * width + (panel + 1) * WIDTH];
-                            // SAFETY: rows of a panel, and places for them.
-                            unsafe { T::beside::<WIDTH>(from.as_ptr(), width, WIDTH, to.as_mut_ptr()) };
-                        }
-                    }
-                },
-            );
-        }
-    }
-
-    /// What a row's gradients have in common is taken from these same numbers, and not from the output: so they add up to
-    /// 0 as they should, to within the rounding of one sum.
-    #[inline(always)]
-    fn row<T: Element>(&self, row: usize, scores: &mut [f32], dp: &[f32], p: &mut [T], ds: &mut [T]) {
-        let Scores { scale, softcap, .. } = self.scores;
-        let Range { start, end } = self.block.visible(row / self.group);
-        for hidden in [0..start, end..p.len()] {
-            p[hidden.clone()].fill(T::default());
-            ds[hidden].fill(T::default());
-        }
-        let (seen, dp, p, ds) =
-            (&mut scores[start..end], &dp[start..end], &mut p[start..end], &mut ds[start..end]);
-        let shift = self.lse[row];
-        if let Some(cap) = softcap {
-            let (sum, weighted) = weighted_sums(seen, dp, |s| exp(s - shift));
-            let delta = weighted / sum;
-            for (((&mut s, &dp), p), ds) in seen.iter_mut().zip(dp).zip(p).zip(ds) {
-                let value = exp(s - shift);
-                *p = T::of(value);
-                *ds = T::of(value * (dp - delta) * scale * softcap_slope(s, cap));
-            }
-        } else {
-            for (s, p) in seen.iter_mut().zip(p) {
-                *s = exp(s.mul_add(self.scale, -shift));
-                *p = T::of(*s);
-            }
-            let (sum, weighted) = weighted_sums(seen, dp, |p| p);
-            let delta = weighted / sum;
-            for ((&mut p, &dp), ds) in seen.iter_mut().zip(dp).zip(ds) {
-                *ds = T::of(p * (dp - delta) * scale);
-            }
-        }
-    }
 }

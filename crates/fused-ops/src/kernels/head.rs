@@ -80,10 +80,14 @@ impl Row {
         }
         let top = self.top;
         self.total += sum_by(z, |z| z);
-        let [sum, weighted, squares] = sums_by(z, |z| {
-            let (shifted, e) = (z - top, exp(z - top));
-            [e, e * shifted, e * e]
-        });
+        let [sum, weighted, squares] = sums_by(
+            z,
+            #[inline(always)]
+            |z| {
+                let (shifted, e) = (z - top, exp(z - top));
+                [e, e * shifted, e * e]
+            },
+        );
         self.sum += sum;
         self.weighted += weighted;
         self.squares += squares;
@@ -252,7 +256,7 @@ fn narrow_gradients<'a, T: Element>(z: &'a mut [f32], into: &'a mut Vec<T>, of: 
     let len = of.part.len();
     if T::GROUP == 1 {
         of.all(z);
-        // A group of one is a number of 32 bits.
+        // Only numbers of 32 bits have groups of one.
         return Mat::rows(bytemuck::cast_slice(z), len);
     }
     let width = len.next_multiple_of(T::GROUP);

@@ -14,4 +14,5 @@ pub mod packed;
 pub mod paged;
 pub mod panel;
 pub mod product;
+mod scores;
 pub mod simd;

@@ -80,8 +80,9 @@ pub struct Cache<'a, T> {
 #[derive(Default)]
 struct Buffers<T> {
     q: Vec<f32>,
-    /// Scores and probabilities, `[rows, keys]`.
+    /// Scores, `[rows, keys]`.
     products: Vec<f32>,
+    /// Probabilities, `[rows, keys]`.
     p: Vec<T>,
     out: Vec<f32>,
     /// Columns of values that do not fill a panel.

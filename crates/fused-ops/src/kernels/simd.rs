@@ -33,7 +33,8 @@ pub unsafe fn made<T>(len: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> V
 }
 
 /// `e^x` to 1 or 2 units in the last place over the finite range (Cephes `expf`); below -87 it is 0 to
-/// within the smallest normal number.
+/// within the smallest normal number. Called within [`wide`]: a processor without fused multiply-add, or code compiled for
+/// any processor, takes them from a library one by one.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2E: f32 = std::f32::consts::LOG2_E;
@@ -171,21 +172,21 @@ pub fn max(xs: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
-/// Puts `of(e^(scale · x - shift))` of each `x` into `to` and returns the sum of the exponentials, in fixed lanes.
+/// Puts `of(e^(scale · (x - top)))` of each `x` into `to` and returns the sum of the exponentials, in fixed lanes.
 #[inline(always)]
-pub fn exps<T>(xs: &[f32], (scale, shift): (f32, f32), to: &mut [T], of: impl Fn(f32) -> T) -> f32 {
+pub fn exps<T>(xs: &[f32], (scale, top): (f32, f32), to: &mut [T], of: impl Fn(f32) -> T) -> f32 {
     let mut lanes = [0.0; LANES];
     let ((blocks, rest), (to, to_rest)) = (xs.as_chunks::<LANES>(), to.as_chunks_mut::<LANES>());
     for (block, to) in blocks.iter().zip(to) {
         let mut values = *block;
         for i in 0..LANES {
-            values[i] = exp(scale.mul_add(values[i], -shift));
+            values[i] = exp(scale * (values[i] - top));
             to[i] = of(values[i]);
         }
         lanes = each(lanes, &values, |lane, value| lane + value);
     }
     for ((lane, &x), to) in lanes.iter_mut().zip(rest).zip(to_rest) {
-        let value = exp(scale.mul_add(x, -shift));
+        let value = exp(scale * (x - top));
         *to = of(value);
         *lane += value;
     }
@@ -217,6 +218,25 @@ mod tests {
             worst = worst.max(((f64::from(exp(x)) - want) / want).abs());
         }
         assert!(worst < 2.4e-7, "worst relative error {worst:e}");
+        assert!(exp(f32::NAN).is_nan() && exp(f32::NEG_INFINITY) < 1.3e-38 && exp(100.0) > 1e38);
+    }
+
+    #[test]
+    fn exponentials_are_put_where_they_belong() {
+        for count in [5, 64, 1003] {
+            let xs: Vec<f32> = (0..count).map(|i| ((i * 37) % 101) as f32 * 0.7 - 7.0).collect();
+            let top = max(&xs);
+            let mut to = vec![0.0; count];
+            let sum = exps(&xs, (0.3, top), &mut to, |e| 2.0 * e);
+            let mut want = 0.0;
+            for (&x, &to) in xs.iter().zip(&to) {
+                let e = exp(0.3 * (x - top));
+                want += f64::from(e);
+                assert_eq!(to, 2.0 * e, "{x} of {count}");
+                assert!(x < top || to == 2.0, "the largest is 1");
+            }
+            assert!((f64::from(sum) - want).abs() < 1e-5 * want, "{sum} {want}");
+        }
     }
 
     #[test]
