@@ -44,7 +44,7 @@ use burn::tensor::Tensor;
 
 /// Names this crate's arithmetic: it changes when results do, if only by rounding, so that stored values that are compared
 /// with new ones are not those of another.
-pub const ARITHMETIC: &str = "4";
+pub const ARITHMETIC: &str = "3";
 
 /// Floating-point operations of this crate's own matrix products so far, in this process: 2 for each multiply-add.
 #[cfg(any(feature = "flex", feature = "tch"))]

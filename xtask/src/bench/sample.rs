@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::process::timed;
+use super::process::{tell_allocator, timed, with_tcmalloc};
 use super::{count, flags, median};
 use crate::backends::Build;
 use crate::cargo::{build_with, root};
@@ -157,6 +157,7 @@ fn peers(options: &Options, dir: &Path) -> Result<Vec<Side>> {
     if !tokens.stderr(Stdio::null()).status().context("cannot run python")?.success() {
         bail!("{}: the token ids could not be made", venv.display());
     }
+    tell_allocator("peers");
     let new = options.new_tokens.to_string();
     let side = |what: &'static str, venv: &Path, dtype: &'static str, batch: usize| {
         let (python, script, model, ids) =
@@ -167,6 +168,7 @@ fn peers(options: &Options, dir: &Path) -> Result<Vec<Side>> {
             let mut command = Command::new(&python);
             command.arg(&script).arg(what).arg(&model).arg(&ids).args([&new, dtype, &batch]);
             command.env("CUDA_VISIBLE_DEVICES", "").env("HF_HUB_OFFLINE", "1");
+            with_tcmalloc(&mut command);
             command
         });
         Side { name, command, is_ours: false, runs: Vec::new() }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::process::{tell_allocator, with_tcmalloc};
 use super::{count, flags, median, shapes};
 use crate::backends::Build;
 use crate::cargo::build_with;
@@ -164,12 +165,7 @@ pub fn run(args: &[String]) -> Result<ExitCode> {
     let peak = peak(&beside("peak"), options)?;
     report(&format!("matrix products of {} in {}: {peak:.0} GFLOP/s", options.backend, options.dtype));
     if options.trl.is_some() && !options.is_on_device() {
-        report(match tcmalloc() {
-            Some(_) => "TRL is run with tcmalloc",
-            None => {
-                "TRL is run without tcmalloc, so slower than it could be (Debian: apt-get install libtcmalloc-minimal4)"
-            }
-        });
+        tell_allocator("TRL");
     }
     for case in &cases {
         measure(&binary, options, case, peak)?;
@@ -346,9 +342,7 @@ fn run_trl(
     // The launcher would set one thread.
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     command.env("OMP_NUM_THREADS", threads.to_string()).env("TOKENIZERS_PARALLELISM", "false");
-    if let Some(tcmalloc) = tcmalloc() {
-        command.env("LD_PRELOAD", tcmalloc);
-    }
+    with_tcmalloc(&mut command);
     let output = command.output().context("cannot run /usr/bin/time (Debian: apt-get install time)")?;
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text);
@@ -371,16 +365,6 @@ fn run_trl(
     let losses = text.split("{'loss'").skip(1).filter_map(number).collect();
     let nan = f64::NAN;
     Ok(Ok(Measured { seconds, start: nan, tokens: nan, gflops: nan, memory, losses }))
-}
-
-/// The allocator with which PyTorch is quickest on the CPU: half as fast again as with glibc's.
-fn tcmalloc() -> Option<&'static Path> {
-    let places = [
-        "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
-        "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4",
-        "/usr/lib64/libtcmalloc_minimal.so.4",
-    ];
-    places.map(Path::new).into_iter().find(|path| path.exists())
 }
 
 fn shared_flags(command: &mut Command, options: &Options, case: &Case) {

@@ -141,10 +141,10 @@ unsafe fn write_rows<T: Element>(
         || {
             for (row, (from, &(sum, of_row))) in rows {
                 let (token, head) = (s.query + block.first + row / group, row % group);
-                let (at, inverse) = (x.of_query(token, kv).start + head * dim, 1.0 / sum);
+                let at = x.of_query(token, kv).start + head * dim;
                 // SAFETY: the caller's promise.
                 unsafe {
-                    (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] * inverse)));
+                    (0..dim).for_each(|j| out.get().add(at + j).write(T::of(from[j] / sum)));
                     *lse.get().add(x.of_lse(token, kv).start + head) = of_row;
                 }
             }

@@ -38,9 +38,9 @@ pub fn softmax<T: Element>(
                 let Range { start, end } = block.visible(row / group);
                 p[..start].fill(T::default());
                 p[end..].fill(T::default());
-                let top = max(&scores[start..end]);
+                let top = scale * max(&scores[start..end]);
                 let sum = exps(&scores[start..end], (scale, top), &mut p[start..end], T::of);
-                sums.push((sum, scale * top + sum.ln()));
+                sums.push((sum, top + sum.ln()));
             }
         },
     );
@@ -125,7 +125,7 @@ impl OfBlock<'_> {
             }
         } else {
             for (s, p) in seen.iter_mut().zip(p) {
-                *s = exp(s.mul_add(self.of_products, -shift));
+                *s = exp(*s * self.of_products - shift);
                 *p = T::of(*s);
             }
             let (sum, weighted) = weighted_sums(seen, dp, |p| p);

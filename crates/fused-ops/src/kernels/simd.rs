@@ -33,22 +33,23 @@ pub unsafe fn made<T>(len: usize, fill: impl FnOnce(&mut [MaybeUninit<T>])) -> V
 }
 
 /// `e^x` to 1 or 2 units in the last place over the finite range (Cephes `expf`); below -87 it is 0 to
-/// within the smallest normal number. Called within [`wide`]: a processor without fused multiply-add, or code compiled for
-/// any processor, takes them from a library one by one.
+/// within the smallest normal number.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2E: f32 = std::f32::consts::LOG2_E;
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.0);
-    let rounded = x.mul_add(LOG2E, ROUND);
+    let rounded = x * LOG2E + ROUND;
     let n = rounded - ROUND;
-    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4_f32;
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
-        p = p.mul_add(r, c);
-    }
-    let e = p.mul_add(r * r, r) + 1.0;
+    p = p * r + 1.398_2e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5.000_000_1e-1;
+    let e = p * r * r + r + 1.0;
     // The last bits of `rounded` are the integer: a conversion would not vectorise.
     let shift = rounded.to_bits().wrapping_sub(ROUND.to_bits()) << 23;
     f32::from_bits(e.to_bits().wrapping_add(shift))
@@ -172,21 +173,21 @@ pub fn max(xs: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
-/// Puts `of(e^(scale · (x - top)))` of each `x` into `to` and returns the sum of the exponentials, in fixed lanes.
+/// Puts `of(e^(scale · x - shift))` of each `x` into `to` and returns the sum of the exponentials, in fixed lanes.
 #[inline(always)]
-pub fn exps<T>(xs: &[f32], (scale, top): (f32, f32), to: &mut [T], of: impl Fn(f32) -> T) -> f32 {
+pub fn exps<T>(xs: &[f32], (scale, shift): (f32, f32), to: &mut [T], of: impl Fn(f32) -> T) -> f32 {
     let mut lanes = [0.0; LANES];
     let ((blocks, rest), (to, to_rest)) = (xs.as_chunks::<LANES>(), to.as_chunks_mut::<LANES>());
     for (block, to) in blocks.iter().zip(to) {
         let mut values = *block;
         for i in 0..LANES {
-            values[i] = exp(scale * (values[i] - top));
+            values[i] = exp(scale * values[i] - shift);
             to[i] = of(values[i]);
         }
         lanes = each(lanes, &values, |lane, value| lane + value);
     }
     for ((lane, &x), to) in lanes.iter_mut().zip(rest).zip(to_rest) {
-        let value = exp(scale * (x - top));
+        let value = exp(scale * x - shift);
         *to = of(value);
         *lane += value;
     }
@@ -227,10 +228,10 @@ mod tests {
             let xs: Vec<f32> = (0..count).map(|i| ((i * 37) % 101) as f32 * 0.7 - 7.0).collect();
             let top = max(&xs);
             let mut to = vec![0.0; count];
-            let sum = exps(&xs, (0.3, top), &mut to, |e| 2.0 * e);
+            let sum = exps(&xs, (0.3, 0.3 * top), &mut to, |e| 2.0 * e);
             let mut want = 0.0;
             for (&x, &to) in xs.iter().zip(&to) {
-                let e = exp(0.3 * (x - top));
+                let e = exp(0.3 * x - 0.3 * top);
                 want += f64::from(e);
                 assert_eq!(to, 2.0 * e, "{x} of {count}");
                 assert!(x < top || to == 2.0, "the largest is 1");
