@@ -120,10 +120,10 @@ impl Backend {
         matches!(self, Self::Flex | Self::Tch | Self::Cuda)
     }
 
-    /// Data type of activations in generation, given that of products: on Flex weights of 16 bits go with activations of
-    /// 32.
+    /// Data type of activations in generation, given that of products: on the CPU weights of 16 bits go with activations
+    /// of 32.
     pub fn generates_in(self, compute: DType) -> DType {
-        if self == Self::Flex { DType::F32 } else { compute }
+        if self.is_on_host() { DType::F32 } else { compute }
     }
 
     /// Tensors are in the memory of this process.

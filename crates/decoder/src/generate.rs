@@ -29,7 +29,7 @@ pub struct Request {
     /// New tokens at most; at least 1.
     pub max_new_tokens: usize,
     /// Seed of this request alone: what is drawn does not depend on its neighbours, but for rounding in the
-    /// logits on backends other than Flex.
+    /// logits on devices other than the CPU.
     pub seed: u64,
 }
 

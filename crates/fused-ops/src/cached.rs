@@ -11,7 +11,7 @@ use crate::paged::{PAGE, Span, check};
 use crate::{Heads, Scores};
 
 /// A weight laid out for products with few rows, which is not trained. A row's result does not depend on the rows
-/// beside it on Flex.
+/// beside it on the CPU.
 #[derive(Debug, Clone)]
 pub struct Packed {
     tensor: Tensor<2>,

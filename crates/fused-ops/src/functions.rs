@@ -28,8 +28,8 @@ pub fn cast(x: Tensor<2>, dtype: FloatDType) -> Tensor<2> {
     dispatch(<Dispatch as FusedOps>::fused_cast(x.into_dispatch(), dtype))
 }
 
-/// A tensor for each of several operations that take it. Where it is not a leaf, Flex adds their gradients in place and on
-/// all cores.
+/// A tensor for each of several operations that take it. Where it is not a leaf, their gradients are added in place and on
+/// all cores on the CPU.
 pub fn branches<const N: usize>(x: Tensor<2>) -> [Tensor<2>; N] {
     let (x, met) = (x.into_dispatch(), Arc::new(AtomicBool::new(false)));
     [(); N].map(|()| dispatch(<Dispatch as FusedOps>::branch(x.clone(), met.clone())))
@@ -53,14 +53,14 @@ pub fn select(x: Tensor<2>, rows: &[u32]) -> Tensor<2> {
     x.select(0, Tensor::<1, Int>::from_dispatch(ids))
 }
 
-/// Rows of a table of weights, `[rows.len(), cols]`. Their gradients are added to those that the table has, on Flex in
+/// Rows of a table of weights, `[rows.len(), cols]`. Their gradients are added to those that the table has, on the CPU in
 /// place.
 pub fn lookup(table: Tensor<2>, rows: &[u32]) -> Tensor<2> {
     let _span = trace_span!("Lookup").entered();
     dispatch(<Dispatch as FusedOps>::lookup(table.into_dispatch(), Arc::new(rows.to_vec())))
 }
 
-/// `a + b` of gradients, without autodiff and of one data type; on Flex on all cores, and in place where nothing else
+/// `a + b` of gradients, without autodiff and of one data type; on the CPU on all cores, and in place where nothing else
 /// holds `a`.
 pub fn add(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
     assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "both have one shape and data type");
@@ -192,7 +192,7 @@ pub fn head(hidden: Tensor<2>, w: Tensor<2>, targets: &Arc<Vec<u32>>, logits: Lo
 }
 
 /// Adds values into sums: `plan` lists `(value, sum)` index pairs, and a value may go to several sums.
-/// On Flex and on the CPU of LibTorch each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
+/// On the CPU each sum is taken in the order of the plan and in `f64`, so that the log-probability of a sequence
 /// does not depend on what it is batched with.
 ///
 /// # Shapes

@@ -1,8 +1,8 @@
 //! Fused tensor operations for training decoder language models, on Burn.
 //!
-//! Every function works on plain [`Tensor`]s of any backend; those of the graph have a hand-written backward pass. On Flex (the
-//! pure-Rust CPU backend) it runs a kernel of this crate, on LibTorch that library's kernels, and anywhere
-//! else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
+//! Every function works on plain [`Tensor`]s of any backend; those of the graph have a hand-written backward pass. On the CPU, whether
+//! tensors are Flex's (the pure-Rust backend) or LibTorch's, it runs a kernel of this crate, on CUDA devices those of
+//! LibTorch, and anywhere else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
 //! differentiated by Burn.
 //!
 //! Activations are always two-dimensional, `[tokens, features]`: there is no batch dimension and no
@@ -13,12 +13,16 @@
 
 #[allow(deprecated)]
 mod cached;
+#[cfg(any(feature = "flex", feature = "tch"))]
+mod cpu;
 #[cfg(feature = "flex")]
 mod flex;
 #[allow(deprecated)]
 mod functions;
 mod generic;
 mod graph;
+#[cfg(any(feature = "flex", feature = "tch"))]
+mod host;
 #[cfg(any(feature = "flex", feature = "tch"))]
 mod kernels;
 #[cfg(feature = "tch")]
@@ -52,13 +56,13 @@ pub fn flops() -> u64 {
     kernels::matrix::flops()
 }
 
-/// This processor multiplies 16-bit floats: products in `BF16` are faster on Flex than in `f32`.
+/// This processor multiplies 16-bit floats: products in `BF16` are faster on the CPU than in `f32`.
 #[cfg(any(feature = "flex", feature = "tch"))]
 pub fn has_narrow_products() -> bool {
     kernels::brain::has_narrow_products()
 }
 
-/// Without Flex nothing of this crate's own is computed on the processor.
+/// Without Flex and LibTorch nothing of this crate's own is computed on the processor.
 #[cfg(not(any(feature = "flex", feature = "tch")))]
 pub fn has_narrow_products() -> bool {
     false

@@ -58,8 +58,7 @@ pub(crate) trait FusedOps: Backend {
         rows: Arc<Vec<u32>>,
         values: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let sums = generic::rows_of(&base.shape().to_vec(), &rows, Value::<Self>(values));
-        Self::added(base, sums.0)
+        generic::rows_added::<Self>(Value(base), &rows, Value(values)).0
     }
     /// The same tensor for one of its uses. Gradients of all uses with the same flag are added by [`FusedOps::added`].
     fn branch(x: FloatTensor<Self>, met: Arc<AtomicBool>) -> FloatTensor<Self> {
@@ -72,8 +71,7 @@ pub(crate) trait FusedOps: Backend {
     }
     /// `x + update` in the data type of `x`.
     fn joined(x: FloatTensor<Self>, update: FloatTensor<Self>) -> FloatTensor<Self> {
-        let update = Value::<Self>(update).cast(x.dtype()).0;
-        Self::float_add(x, update)
+        generic::joined::<Self>(Value(x), Value(update)).0
     }
     fn fused_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         generic::linear::<Self>(Value(x), Value(w)).0
@@ -234,9 +232,7 @@ pub(crate) trait FusedOps: Backend {
         heads: Heads,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let _ = narrow;
-        let new =
-            || Value::<Self>::zeros(&[slots, heads.kv * heads.dim], like.dtype(), &Value(like.clone())).0;
-        (new(), new())
+        two(generic::new_cache::<Self>(&Value(like), slots, heads))
     }
     /// Returns the output, the keys and the values.
     fn paged_attention(

@@ -87,7 +87,7 @@ impl AdamW {
     }
 }
 
-/// Euclidean norm of all elements of all tensors together, `[1]`; on Flex summed in `f64`.
+/// Euclidean norm of all elements of all tensors together, `[1]`; on the CPU summed in `f64`.
 pub fn norm(tensors: &[&Tensor<2>]) -> Tensor<1> {
     assert!(!tensors.is_empty(), "the norm of no tensor has no device");
     #[cfg(feature = "tch")]
@@ -108,8 +108,12 @@ pub fn clip_factor(norm: &Tensor<1>, max_norm: f64) -> Tensor<1> {
     ((norm.clone() + 1e-6).recip() * max_norm).clamp_max(1.0)
 }
 
-/// Euclidean norm of each row, `[rows, 1]`; on Flex summed in `f64`. Not differentiated.
+/// Euclidean norm of each row, `[rows, 1]`; on the CPU summed in `f64`. Not differentiated.
 pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "tch")]
+    if crate::libtorch::holds(weight) {
+        return crate::libtorch::row_norms(weight);
+    }
     #[cfg(feature = "flex")]
     if crate::flex::holds(weight) {
         return crate::flex::row_norms(weight);

@@ -10,13 +10,16 @@ use crate::settings::Settings;
 /// The program, its tokenizer and the data's index.
 const PROGRAM: usize = 160 << 20;
 
+/// LibTorch, of which a process on the CPU touches so much.
+const LIBRARY: usize = 200 << 20;
+
 /// What comes and goes takes more than its size: gaps between blocks.
 const GAPS: f64 = 1.08;
 
 /// Logits that the head holds at a time.
 fn logits(backend: Backend) -> usize {
     match backend {
-        Backend::Flex => 8 << 20,
+        Backend::Flex | Backend::Tch => 8 << 20,
         // Two buffers, and their gradient in 16 bits.
         Backend::Cuda => 640 << 20,
         _ => 64 << 20,
@@ -87,11 +90,10 @@ impl Cost {
         let config = model.config();
         let width = settings.precision.compute().size();
         let Footprint { stream, products, temporary } = model.footprint();
-        let rounds = settings.backend == Backend::Cuda && width < 4;
         let table = 4 * config.vocab * config.hidden;
         let trained = model.lora().is_none();
-        // One that is held in 16 bits is widened while it is used, in parts on Flex.
-        let narrow_head = settings.backend != Backend::Flex
+        // One that is held in 16 bits is widened while it is used, in parts on the CPU.
+        let narrow_head = !settings.backend.is_on_host()
             && model.weights().iter().any(|weight| weight.tensor.dtype() == DType::BF16);
         Self {
             blocks: config.layers.len(),
@@ -102,7 +104,12 @@ impl Cost {
             logits: logits(settings.backend),
             head: if trained || narrow_head { table } else { 0 },
             held: usize::from(settings.accumulation > 1) + usize::from(settings.scoring().part < usize::MAX),
-            fixed: fixed + if rounds { THRESHOLDS } else { 0 },
+            fixed: fixed
+                + match settings.backend {
+                    Backend::Cuda if width < 4 => THRESHOLDS,
+                    Backend::Tch => LIBRARY,
+                    _ => 0,
+                },
             gradients,
             ends: if trained { 2 * table } else { 0 },
         }

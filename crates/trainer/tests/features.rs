@@ -6,7 +6,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use backend::Backend;
 use burn::tensor::Device;
 use decoder::{Batch, Companions, Config, Decoder, Lora, SaveDtype};
 use serde_json::Value;
@@ -252,10 +251,8 @@ fn training_in_sixteen_bits_follows_thirty_two() {
         let losses = |rows: &[Value], key: &str| -> Vec<f64> {
             rows.iter().map(|row| row[key].as_f64().unwrap()).collect()
         };
-        let evaluated = |eval: &[Value]| match backend::under_test().backend {
-            backend::Backend::Flex => losses(eval, "eval_loss"),
-            _ => Vec::new(),
-        };
+        let on_host = backend::under_test().backend.is_on_host();
+        let evaluated = |eval| if on_host { losses(eval, "eval_loss") } else { Vec::new() };
         let all = |train: &[Value], eval: &[Value]| [losses(train, "loss"), evaluated(eval)].concat();
         let (wide, narrow) = (all(&wide, &wide_eval), all(&narrow, &narrow_eval));
         for (a, b) in wide.iter().zip(&narrow) {
@@ -358,7 +355,7 @@ fn larger_run(dir: &Path) {
 #[test]
 fn a_run_takes_the_memory_it_says() {
     // Other systems do not tell what a process took.
-    if backend::under_test().backend != Backend::Flex || !cfg!(target_os = "linux") {
+    if !backend::under_test().backend.is_on_host() || !cfg!(target_os = "linux") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

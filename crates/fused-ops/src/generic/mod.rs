@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use burn::tensor::IndexingUpdateOp;
 
+use crate::Heads;
 use crate::ops::FusedOps;
 
 /// `x · wᵀ` in the data type of `x`.
@@ -56,6 +57,24 @@ pub fn rows_of<B: FusedOps>(shape: &[usize], rows: &[u32], values: Value<B>) -> 
     let ids = Value::indices(rows.to_vec(), &[rows.len()], &values);
     let zeros = Value::<B>::zeros(shape, values.dtype(), &values);
     Value(B::float_select_assign(zeros.0, 0, ids, values.0, IndexingUpdateOp::Add))
+}
+
+/// See [`FusedOps::rows_added`].
+pub fn rows_added<B: FusedOps>(base: Value<B>, rows: &[u32], values: Value<B>) -> Value<B> {
+    let sums = rows_of(&base.dims(), rows, values);
+    Value(B::added(base.0, sums.0))
+}
+
+/// See [`FusedOps::joined`].
+pub fn joined<B: FusedOps>(x: Value<B>, update: Value<B>) -> Value<B> {
+    let update = update.cast(x.dtype());
+    x + update
+}
+
+/// Two caches of nothing: see [`FusedOps::new_cache`].
+pub fn new_cache<B: FusedOps>(like: &Value<B>, slots: usize, heads: Heads) -> (Value<B>, Value<B>) {
+    let new = || Value::zeros(&[slots, heads.kv * heads.dim], like.dtype(), like);
+    (new(), new())
 }
 
 /// The 0/1 matrix `[sums, values]` of a plan.

@@ -1,13 +1,10 @@
-//! LibTorch's flash attention over packed segments.
+//! LibTorch's flash attention over packed segments on CUDA devices.
 //!
-//! On the CPU each segment is two calls, one over the prefix and a causal one over its own keys, put together by
-//! their log-sum-exps; the backward pass of each part is exact when it is given the output and the log-sum-exp of
-//! the whole (FlashAttention-2, arXiv 2307.08691, section 2.3). On CUDA all segments are one call of variable
-//! lengths, whose causal mask is aligned at the last key: each query sees the whole prefix. In 32 bits that is the
-//! memory-efficient kernel (arXiv 2112.05682), which flash attention is not made for.
+//! All segments are one call of variable lengths, whose causal mask is aligned at the last key: each query sees the
+//! whole prefix. In 32 bits that is the memory-efficient kernel (arXiv 2112.05682), which flash attention is not made
+//! for.
 
 use std::cell::RefCell;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
@@ -15,28 +12,17 @@ use burn::backend::libtorch::TchTensor;
 use tch::{Kind, Tensor};
 
 use super::shim::{self, Lengths};
-use super::{is_cpu, upload};
-use crate::{Heads, Scores, Segment, Segments};
+use super::upload;
+use crate::{Heads, Scores, Segments};
 
-/// Which kernels a call can use.
-pub enum Path {
-    Cpu,
-    Flash,
-    Generic,
-}
-
-/// These kernels cap no scores; that of the CPU has no window, those of CUDA only certain sizes of heads.
-pub fn path(q: &TchTensor, segments: &Segments, heads: Heads, scores: Scores) -> Path {
+/// True where LibTorch has a kernel: they cap no scores, and take certain sizes of heads.
+pub fn has_kernel(q: &TchTensor, segments: &Segments, heads: Heads, scores: Scores) -> bool {
     let fits = heads.dim.is_multiple_of(8) && heads.dim <= 256 && !segments.segments().is_empty();
     let longest = segments.segments().iter().map(|s| s.prefix_len + s.len).max().unwrap_or(0);
     let is_wide = q.tensor.kind() == Kind::Float;
     let windowed = scores.window.is_some_and(|window| window < longest);
-    match (scores.softcap, is_cpu(q)) {
-        (None, true) if !windowed => Path::Cpu,
-        // The gradients of the kernel for 32 bits are wrong where a window hides keys (LibTorch 2.11).
-        (None, false) if fits && !(is_wide && windowed) && covers(q, segments) => Path::Flash,
-        _ => Path::Generic,
-    }
+    // The gradients of the kernel for 32 bits are wrong where a window hides keys (LibTorch 2.11).
+    scores.softcap.is_none() && fits && !(is_wide && windowed) && covers(q, segments)
 }
 
 /// The segments are the queries, in order and without gaps.
@@ -47,132 +33,6 @@ fn covers(q: &TchTensor, segments: &Segments) -> bool {
         at += s.len;
         follows
     }) && at as i64 == q.tensor.size()[0]
-}
-
-/// Rows of an activation as `[kv, group, rows, dim]`; keys and values have one head a group, seen `group` times.
-fn heads_of(x: &Tensor, rows: Range<usize>, heads: Heads) -> Tensor {
-    let (len, dim) = (rows.len() as i64, heads.dim as i64);
-    let (kv, group) = (heads.kv as i64, (heads.query / heads.kv) as i64);
-    let rows = x.narrow(0, rows.start as i64, len);
-    if x.size()[1] == kv * dim {
-        return rows.view([len, kv, 1, dim]).permute([1, 2, 0, 3]).expand([kv, group, len, dim], false);
-    }
-    rows.view([len, kv, group, dim]).permute([1, 2, 0, 3])
-}
-
-/// Runs of keys that a segment sees, and whether causally.
-fn parts(s: &Segment) -> Vec<(Range<usize>, bool)> {
-    let (prefix, own) = (s.prefix..s.prefix + s.prefix_len, s.own..s.own + s.len);
-    if s.prefix_len == 0 {
-        return vec![(own, true)];
-    }
-    // A single query sees all keys of both.
-    if s.len == 1 && prefix.end == own.start {
-        return vec![(prefix.start..own.end, false)];
-    }
-    vec![(prefix, false), (own, true)]
-}
-
-/// Output and log-sum-exp `[queries, heads.query]`.
-pub fn cpu(
-    inputs: [TchTensor; 3],
-    segments: &Segments,
-    heads: Heads,
-    scores: Scores,
-) -> (TchTensor, TchTensor) {
-    let [q, k, v] = inputs.map(|x| x.tensor.contiguous());
-    let scale = f64::from(scores.scale);
-    let out = q.zeros_like();
-    let lse = Tensor::zeros([q.size()[0], heads.query as i64], (Kind::Float, q.device()));
-    let of_lse = Heads { dim: 1, ..heads };
-    for s in segments.segments() {
-        let rows = s.query..s.query + s.len;
-        let queries = heads_of(&q, rows.clone(), heads);
-        let mut whole: Option<(Tensor, Tensor)> = None;
-        for (keys, causal) in parts(s) {
-            let [k, v] = [&k, &v].map(|x| heads_of(x, keys.clone(), heads));
-            let part = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-                &queries,
-                &k,
-                &v,
-                0.0,
-                causal,
-                None::<&Tensor>,
-                Some(scale),
-            );
-            whole = Some(match whole {
-                None => part,
-                Some(other) => merged(&other, &part),
-            });
-        }
-        if let Some((o, l)) = whole {
-            // With one head a group the keys have the shape of the queries.
-            query_view(&out, rows.clone(), heads).copy_(&o);
-            query_view(&lse, rows, of_lse).copy_(&l.unsqueeze(-1));
-        }
-    }
-    (TchTensor::new(out), TchTensor::new(lse))
-}
-
-fn query_view(x: &Tensor, rows: Range<usize>, heads: Heads) -> Tensor {
-    let (len, dim) = (rows.len() as i64, heads.dim as i64);
-    let (kv, group) = (heads.kv as i64, (heads.query / heads.kv) as i64);
-    x.narrow(0, rows.start as i64, len).view([len, kv, group, dim]).permute([1, 2, 0, 3])
-}
-
-/// Attention over two runs of keys, from that over each.
-fn merged((o1, l1): &(Tensor, Tensor), (o2, l2): &(Tensor, Tensor)) -> (Tensor, Tensor) {
-    let lse = l1.logaddexp(l2);
-    let weighted = |o: &Tensor, l: &Tensor| o * (l - &lse).exp().unsqueeze(-1);
-    let out = weighted(o1, l1) + weighted(o2, l2);
-    (out.to_kind(o1.kind()), lse)
-}
-
-/// Gradients of the three inputs.
-pub fn cpu_backward(
-    grad: TchTensor,
-    inputs: [TchTensor; 3],
-    [out, lse]: [TchTensor; 2],
-    segments: &Segments,
-    heads: Heads,
-    scores: Scores,
-) -> [TchTensor; 3] {
-    let scale = f64::from(scores.scale);
-    let [q, k, v] = inputs.map(|x| x.tensor.contiguous());
-    let grad = grad.tensor.contiguous();
-    let zeros = |x: &Tensor| x.zeros_like().to_kind(Kind::Float);
-    let [dq, dk, dv] = [&q, &k, &v].map(zeros);
-    let of_lse = Heads { dim: 1, ..heads };
-    let (kv, dim) = (heads.kv as i64, heads.dim as i64);
-    for s in segments.segments() {
-        let rows = s.query..s.query + s.len;
-        let [queries, g, o] = [&q, &grad, &out.tensor].map(|x| query_view(x, rows.clone(), heads));
-        let l = query_view(&lse.tensor, rows.clone(), of_lse).squeeze_dim(-1).contiguous();
-        for (keys, causal) in parts(s) {
-            let [k, v] = [&k, &v].map(|x| heads_of(x, keys.clone(), heads));
-            let (q_part, k_part, v_part) =
-                Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                    &g,
-                    &queries,
-                    &k,
-                    &v,
-                    &o,
-                    &l,
-                    0.0,
-                    causal,
-                    None::<&Tensor>,
-                    Some(scale),
-                );
-            let _ = query_view(&dq, rows.clone(), heads).g_add_(&q_part);
-            for (total, part) in [(&dk, k_part), (&dv, v_part)] {
-                // [kv, group, keys, dim], summed over the group.
-                let part = part.sum_dim_intlist(1i64, false, Kind::Float).permute([1, 0, 2]);
-                let len = keys.len() as i64;
-                let _ = total.narrow(0, keys.start as i64, len).view([len, kv, dim]).g_add_(&part);
-            }
-        }
-    }
-    [(dq, &q), (dk, &k), (dv, &v)].map(|(gradient, x)| TchTensor::new(gradient.to_kind(x.kind())))
 }
 
 /// All segments as sequences of variable lengths on a device.

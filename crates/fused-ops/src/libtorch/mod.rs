@@ -1,4 +1,5 @@
-//! Everything that is particular to LibTorch: devices, allocator thresholds, its kernels, its fused optimizer.
+//! Everything that is particular to LibTorch: devices, allocator thresholds, its tensors as this crate's kernels see
+//! them, and what it does better on a device.
 //!
 //! `burn-tch` is deprecated and will not be part of Burn 0.23. What would take its place on NVIDIA devices is
 //! `Device::cuda` with the generic operations of this crate (feature `cubecl-cuda`); nothing outside this module
@@ -8,6 +9,7 @@
 
 mod attention;
 mod head;
+mod host;
 mod ops;
 mod optim;
 mod paged;
@@ -18,9 +20,8 @@ use burn::backend::DispatchDevice;
 use burn::backend::LibTorch;
 use burn::backend::libtorch::TchTensor;
 use burn::tensor::{Device, Tensor};
-use tch::Kind;
 
-pub use optim::{adamw, norm};
+pub use optim::{adamw, norm, row_norms};
 pub use shim::version;
 
 /// The CPU.
@@ -75,38 +76,6 @@ fn tensor<const D: usize>(tensor: tch::Tensor) -> Tensor<D> {
 
 fn is_cpu(tensor: &TchTensor) -> bool {
     tensor.tensor.device() == tch::Device::Cpu
-}
-
-/// The values of a contiguous `f32` tensor on the CPU.
-#[allow(unsafe_code)]
-fn values(tensor: &tch::Tensor) -> &[f32] {
-    check_plain(tensor);
-    // SAFETY: contiguous, of this type and length, and borrowed as long as the slice.
-    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
-}
-
-/// The same, to be changed: the tensor must have been made here and be shared with nobody.
-#[allow(unsafe_code)]
-fn values_mut(tensor: &mut tch::Tensor) -> &mut [f32] {
-    check_plain(tensor);
-    // SAFETY: contiguous, of this type and length, and borrowed as long as the slice; the caller owns it alone.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
-}
-
-/// The places of a contiguous `bf16` tensor on the CPU that was made here and is shared with nobody.
-#[allow(unsafe_code)]
-fn halves_mut(tensor: &mut tch::Tensor) -> &mut [std::mem::MaybeUninit<half::bf16>] {
-    let plain = tensor.device() == tch::Device::Cpu && tensor.is_contiguous();
-    assert!(plain && tensor.kind() == Kind::BFloat16, "a contiguous bf16 tensor of the CPU");
-    // SAFETY: contiguous, of 16 bits an element and of this length, and borrowed as long as the slice.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) }
-}
-
-fn check_plain(tensor: &tch::Tensor) {
-    assert!(
-        tensor.device() == tch::Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous(),
-        "only contiguous f32 tensors of the CPU are read directly"
-    );
 }
 
 /// A new tensor of host values; on a CUDA device they are copied from pinned memory, which nothing waits for.

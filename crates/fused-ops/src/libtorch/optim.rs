@@ -1,8 +1,11 @@
-//! LibTorch's fused optimizer step and norm: one call for all weights.
+//! The optimizer step and norms: on the CPU kernels of this crate, on a CUDA device LibTorch's fused ones, which are
+//! one call for all weights.
 
 use burn::tensor::Tensor;
 
-use super::{primitive, shim, tensor};
+use super::{is_cpu, primitive, shim, tensor};
+use crate::cpu;
+use crate::host::Host;
 use crate::{AdamW, Moments, Parameter};
 
 /// Takes the tensor for itself, without gaps and with the strides of its shape: the kernel walks plain memory. What
@@ -15,12 +18,24 @@ fn own(value: Tensor<2>) -> tch::Tensor {
     tensor.view(shape.as_slice())
 }
 
+/// One step of one parameter on the CPU.
+fn kernel(opt: &AdamW, parameter: Parameter, scale: f32) -> (Tensor<2>, Moments) {
+    let Parameter { value, gradient, moments, weight_decay } = parameter;
+    let tensors = [value, gradient, moments.first, moments.second].map(primitive);
+    let [value, first, second] = cpu::adamw(opt, tensors, weight_decay, scale).map(|out| tensor(out.tensor));
+    (value, Moments { first, second })
+}
+
 /// See [`AdamW::update`].
 pub fn adamw(
     opt: &AdamW,
     parameters: Vec<Parameter>,
     factor: Option<&Tensor<1>>,
 ) -> Vec<(Tensor<2>, Moments)> {
+    if parameters.first().is_some_and(|p| is_cpu(&primitive(p.value.clone()))) {
+        let scale = factor.map_or(1.0, |factor| primitive(factor.clone()).flat().storage()[0]);
+        return parameters.into_iter().map(|parameter| kernel(opt, parameter, scale)).collect();
+    }
     let divisor = factor.map(|factor| primitive(factor.clone().recip()).tensor);
     let decays: Vec<f64> = parameters.iter().map(|p| p.weight_decay).collect();
     let [mut values, mut gradients, mut first, mut second] = [const { Vec::new() }; 4];
@@ -57,6 +72,19 @@ pub fn adamw(
 
 /// See [`crate::norm`].
 pub fn norm(tensors: &[&Tensor<2>]) -> Tensor<1> {
-    let all: Vec<tch::Tensor> = tensors.iter().map(|&t| primitive(t.clone()).tensor).collect();
+    let all: Vec<_> = tensors.iter().map(|&t| primitive(t.clone())).collect();
+    if is_cpu(&all[0]) {
+        return tensor(cpu::norm_of(all.into_iter()).tensor);
+    }
+    let all: Vec<tch::Tensor> = all.into_iter().map(|t| t.tensor).collect();
     tensor(shim::norm(&all))
+}
+
+/// See [`crate::row_norms`].
+pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
+    let weight = primitive(weight.clone());
+    if is_cpu(&weight) {
+        return tensor(cpu::row_norms(weight).tensor);
+    }
+    tensor::<2>(weight.tensor).square().sum_dim(1).sqrt()
 }

@@ -206,6 +206,16 @@ char *shim_rms_norm_backward(const at::Tensor *grad, const at::Tensor *x, const 
   });
 }
 
+// A tensor of the CPU, bf16 or f32, in memory that `release` gives back to its owner at the tensor's end.
+char *shim_adopt(void *data, const int64_t *sizes, size_t dimensions, bool narrow, void (*release)(void *), void *owner,
+                 at::Tensor **out) {
+  return guarded([&] {
+    auto done = [release, owner](void *) { release(owner); };
+    auto options = at::TensorOptions().dtype(narrow ? at::kBFloat16 : at::kFloat);
+    *out = new at::Tensor(at::from_blob(data, at::IntArrayRef(sizes, dimensions), done, options));
+  });
+}
+
 // A tensor of the host on a device; nothing waits for the copy.
 char *shim_upload(const at::Tensor *host, int device, at::Tensor **out) {
   return guarded([&] {

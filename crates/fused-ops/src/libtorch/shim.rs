@@ -2,11 +2,14 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
 
+use burn::tensor::DType;
 use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
+
+use crate::kernels::panel::Element;
 
 unsafe extern "C" {
     fn shim_free(text: *mut c_char);
@@ -99,6 +102,15 @@ unsafe extern "C" {
         eps: f64,
         dx: *mut *mut C_tensor,
         dw: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    fn shim_adopt(
+        data: *mut c_void,
+        sizes: *const i64,
+        dimensions: usize,
+        narrow: bool,
+        release: unsafe extern "C" fn(*mut c_void),
+        owner: *mut c_void,
+        out: *mut *mut C_tensor,
     ) -> *mut c_char;
     fn shim_upload(host: *const C_tensor, device: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     fn shim_dither(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
@@ -260,6 +272,24 @@ pub fn rms_norm_backward(grad: &Tensor, x: &Tensor, w: &Tensor, eps: f32) -> [Te
         shim_rms_norm_backward(grad.as_ptr(), x.as_ptr(), w.as_ptr(), eps, &raw mut dx, &raw mut dw)
     });
     [dx, dw].map(owned)
+}
+
+/// A tensor of the CPU whose memory is that of these values, freed with it.
+pub fn adopt<T: Element>(values: Vec<T>, shape: &[usize]) -> Tensor {
+    unsafe extern "C" fn release<T>(owner: *mut c_void) {
+        // SAFETY: the box that was made below, given back once.
+        drop(unsafe { Box::from_raw(owner.cast::<Vec<T>>()) });
+    }
+    assert_eq!(values.len(), shape.iter().product::<usize>(), "a place for each value");
+    let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
+    let (mut owner, narrow, mut out) = (Box::new(values), T::dtype() == DType::BF16, null_mut());
+    let data = owner.as_mut_ptr().cast();
+    let owner = Box::into_raw(owner).cast();
+    // SAFETY: the tensor has so many elements of this type, and owns them from now on.
+    check(unsafe {
+        shim_adopt(data, shape.as_ptr(), shape.len(), narrow, release::<T>, owner, &raw mut out)
+    });
+    owned(out)
 }
 
 /// A tensor of the host on a CUDA device, copied from pinned memory, which nothing waits for.
