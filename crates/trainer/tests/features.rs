@@ -252,7 +252,7 @@ fn training_in_sixteen_bits_follows_thirty_two() {
             rows.iter().map(|row| row[key].as_f64().unwrap()).collect()
         };
         let on_host = backend::under_test().backend.is_on_host();
-        let evaluated = |eval| if on_host { losses(eval, "eval_loss") } else { Vec::new() };
+        let evaluated = |eval: &[Value]| if on_host { losses(eval, "eval_loss") } else { Vec::new() };
         let all = |train: &[Value], eval: &[Value]| [losses(train, "loss"), evaluated(eval)].concat();
         let (wide, narrow) = (all(&wide, &wide_eval), all(&narrow, &narrow_eval));
         for (a, b) in wide.iter().zip(&narrow) {

@@ -262,6 +262,11 @@ fn summary(name: &str, all: &[Measured]) {
     report(&format!("{name}: median {seconds:.2} s a step, peak {memory:.2} GB ({} runs)", all.len()));
 }
 
+/// Has the system write what it holds back for the disk: no run waits for what the one before it has written.
+fn settle() {
+    Command::new("sync").status().ok();
+}
+
 /// The reference pass is part of the time, as it is of the peer's.
 fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result<Measured> {
     let dir = out.join("ours");
@@ -275,6 +280,7 @@ fn run_ours(binary: &Path, options: &Options, case: &Case, out: &Path) -> Result
         .args(["--overwrite-output-dir", "--output-dir"])
         .arg(&dir);
     fs::remove_dir_all(out.join("cache")).ok();
+    settle();
     let begun = Instant::now();
     let output = command.output().context("cannot run the trainer")?;
     let wall = begun.elapsed().as_secs_f64();
@@ -343,6 +349,7 @@ fn run_trl(
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     command.env("OMP_NUM_THREADS", threads.to_string()).env("TOKENIZERS_PARALLELISM", "false");
     with_tcmalloc(&mut command);
+    settle();
     let output = command.output().context("cannot run /usr/bin/time (Debian: apt-get install time)")?;
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text);
