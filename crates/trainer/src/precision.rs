@@ -1,5 +1,6 @@
 //! Data types of a run: what frozen matrices are held in, and what is computed in.
 
+use backend::Backend;
 use burn::tensor::DType;
 use serde::Serialize;
 
@@ -35,7 +36,7 @@ impl Precision {
             frozen: name(narrow && adapter),
             compute: name(mixed),
             reason: match (mixed, narrow && adapter) {
-                (true, _) if args.backend.is_on_host() && !fused_ops::has_narrow_products() => {
+                (true, _) if args.backend == Backend::Flex && !fused_ops::has_narrow_products() => {
                     "asked for: products in bfloat16, which save memory here and no time: this processor does not multiply \
                      them (AVX512-BF16)"
                 }

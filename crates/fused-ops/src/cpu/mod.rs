@@ -24,6 +24,7 @@ use crate::{Activation, AdamW, Logits, Rotary};
 use products::whole;
 
 /// Operations of a backend whose tensors are all in the memory of this process.
+#[cfg(feature = "flex")]
 macro_rules! on_host {
     ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $out:ty;)*) => {
         $(fn $name($($arg: $type),*) -> $out {

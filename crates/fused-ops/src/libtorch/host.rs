@@ -4,6 +4,7 @@
 
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::OnceLock;
+use std::sync::atomic::{Ordering, fence};
 
 use burn::backend::TensorMetadata;
 use burn::backend::libtorch::TchTensor;
@@ -40,7 +41,10 @@ impl Host for TchTensor {
 
     fn storage_mut<T: Element>(&mut self) -> &mut [T] {
         check::<T>(self);
-        if !self.can_mut() {
+        if self.can_mut() {
+            // What another thread has read before it let go comes before what is written now.
+            fence(Ordering::Acquire);
+        } else {
             *self = Self::new(self.tensor.copy());
         }
         match self.tensor.numel() {

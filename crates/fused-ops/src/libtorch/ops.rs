@@ -47,12 +47,6 @@ impl FusedOps for LibTorch {
         })
     }
 
-    fn write_rows(cache: TchTensor, rows: TchTensor, slots: Vec<u32>) -> TchTensor {
-        let slots: Vec<i64> = slots.into_iter().map(i64::from).collect();
-        let slots = upload(&slots, &[slots.len()], cache.tensor.device());
-        paged::write(cache, &rows.tensor, &slots)
-    }
-
     kernels! { if multiplies;
         fn fused_linear(x: TchTensor, w: TchTensor) -> TchTensor {
             generic::linear::<Self>(Value(x), Value(w)).0

@@ -82,9 +82,9 @@ pub fn norm(tensors: &[&Tensor<2>]) -> Tensor<1> {
 
 /// See [`crate::row_norms`].
 pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
-    let weight = primitive(weight.clone());
-    if is_cpu(&weight) {
-        return tensor(cpu::row_norms(weight).tensor);
+    let held = primitive(weight.clone());
+    if is_cpu(&held) {
+        return tensor(cpu::row_norms(held).tensor);
     }
-    tensor::<2>(weight.tensor).square().sum_dim(1).sqrt()
+    weight.clone().square().sum_dim(1).sqrt()
 }
