@@ -13,7 +13,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use backend::under_test;
-use burn::tensor::{DType, Distribution, Tensor};
+use burn::tensor::{DType, Distribution, Int, Tensor};
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use fused_ops::{Activation, AdamW, Heads, Logits, Moments, Packed, Parameter, Rotary, Scores, Segments};
 
@@ -176,12 +176,22 @@ fn elementwise(c: &mut Criterion) {
     );
     compare(
         c,
-        "swiglu",
-        values(8 * TOKENS * INNER),
-        &[inner.clone(), inner],
-        |i| fused_ops::gated(i[0].clone(), i[1].clone(), Activation::Silu),
-        |i| plain::gated(i[0].clone(), i[1].clone(), Activation::Silu),
+        "layer_norm",
+        values(5 * TOKENS * HIDDEN),
+        &[x.clone(), random(1, HIDDEN), random(1, HIDDEN)],
+        |i| fused_ops::layer_norm(i[0].clone(), i[1].clone(), i[2].clone(), 1e-5),
+        |i| plain::layer_norm(i[0].clone(), i[1].clone(), i[2].clone(), 1e-5),
     );
+    for (name, kind) in [("swiglu", Activation::Silu), ("geglu", Activation::GeluTanh)] {
+        compare(
+            c,
+            name,
+            values(8 * TOKENS * INNER),
+            &[inner.clone(), inner.clone()],
+            |i| fused_ops::gated(i[0].clone(), i[1].clone(), kind),
+            |i| plain::gated(i[0].clone(), i[1].clone(), kind),
+        );
+    }
     let angles = |f: fn(f32) -> f32| (0..TOKENS * 32).map(|i| f(i as f32 * 1e-3)).collect::<Arc<[f32]>>();
     let table = Rotary { cos: angles(f32::cos), sin: angles(f32::sin), half: 32, dim: 64 };
     compare(
@@ -191,6 +201,22 @@ fn elementwise(c: &mut Criterion) {
         &[x],
         |i| fused_ops::rotary(i[0].clone(), &table),
         |i| plain::rotary(i[0].clone(), &table),
+    );
+}
+
+/// Rows of a table of weights, and its gradient, zeros but for those rows.
+fn embedding(c: &mut Criterion) {
+    let ids: Vec<u32> = (0..TOKENS as u32).map(|i| i * 7919 % VOCAB as u32).collect();
+    compare(
+        c,
+        "embedding",
+        values(VOCAB * HIDDEN + 4 * TOKENS * HIDDEN),
+        &[random(VOCAB, HIDDEN)],
+        |i| fused_ops::lookup(i[0].clone(), &ids),
+        |i| {
+            let rows: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+            i[0].clone().select(0, Tensor::<1, Int>::from_data(rows.as_slice(), &i[0].device()))
+        },
     );
 }
 
@@ -244,5 +270,5 @@ fn packed(c: &mut Criterion) {
     }
 }
 
-criterion_group!(ops, limits, products, attention, elementwise, adamw, packed);
+criterion_group!(ops, limits, products, attention, elementwise, embedding, adamw, packed);
 criterion_main!(ops);

@@ -299,7 +299,7 @@ mod tests {
 
     #[test]
     fn weights_are_dithered_alike_by_the_kernel_and_by_operations_of_a_device() {
-        let w = numbers(50, 1000, 3).tensor.flatten(0, -1) * 3.0;
+        let w = numbers(50, 1000, 3).tensor.flatten(0, -1) * 2.0;
         let w = Tensor::cat(&[w, Tensor::from_slice(&[f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0])], 0);
         let kernel =
             |w: &Tensor| cpu::weight_as(TchTensor::new(w.reshape([1, -1])), narrow(&numbers(1, 1, 0))).tensor;
