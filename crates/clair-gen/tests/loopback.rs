@@ -195,7 +195,8 @@ fn a_run_whose_rows_fail_ends_early() {
     let server = start(Behaviour { latency_ms: 5.0, ..Behaviour::default() });
     let flags = ["--max-in-flight", "4", "--form-retries", "0"];
     fails(&run(dir.path(), &server.url(), &flags), "--max-failure-rate 0.5 allows; the last one: no_marker");
-    assert!(server.total() < 60, "{}", server.total());
+    // Twenty failures are enough; how many calls go out before the disk has them depends on the disk.
+    assert!(server.total() < 200, "{} of 500", server.total());
 }
 
 #[test]
