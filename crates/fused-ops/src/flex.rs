@@ -6,7 +6,7 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{DispatchDevice, Flex};
 use burn::tensor::{Bytes, FloatDType, Shape, Tensor};
 
-use crate::cpu::{self, on_host};
+use crate::cpu;
 use crate::host::Host;
 use crate::kernels::panel::Element;
 use crate::ops::{FusedOps, Three, Two};
@@ -65,8 +65,17 @@ pub fn row_norms(weight: &Tensor<2>) -> Tensor<2> {
     Tensor::from_primitive::<Flex>(cpu::row_norms(primitive(weight.clone())))
 }
 
+/// Operations that are kernels, with these signatures.
+macro_rules! kernels {
+    ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $out:ty;)*) => {
+        $(fn $name($($arg: $type),*) -> $out {
+            cpu::$name($($arg),*)
+        })*
+    };
+}
+
 impl FusedOps for Flex {
-    on_host! {
+    kernels! {
         fn weight_as(w: FlexTensor, like_this: FlexTensor) -> FlexTensor;
         fn fused_cast(x: FlexTensor, dtype: FloatDType) -> FlexTensor;
         fn fused_linear(x: FlexTensor, w: FlexTensor) -> FlexTensor;

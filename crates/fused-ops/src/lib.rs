@@ -1,8 +1,9 @@
 //! Fused tensor operations for training decoder language models, on Burn.
 //!
-//! Every function works on plain [`Tensor`]s of any backend; those of the graph have a hand-written backward pass. On the CPU, whether
-//! tensors are Flex's (the pure-Rust backend) or LibTorch's, it runs a kernel of this crate (products of 16 bits are
-//! left to LibTorch where it has faster units for them), on CUDA devices those of LibTorch, and anywhere else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
+//! Every function works on plain [`Tensor`]s of any backend; those of the graph have a hand-written backward pass. On
+//! the CPU, whether tensors are Flex's (the pure-Rust backend) or LibTorch's, it runs a kernel of this crate (products
+//! of 16 bits are left to LibTorch where it has faster units for them), on CUDA devices those of LibTorch, and anywhere
+//! else the same algorithm composed of Burn operations. In the tests all are held against the plain formula,
 //! differentiated by Burn.
 //!
 //! Activations are always two-dimensional, `[tokens, features]`: there is no batch dimension and no

@@ -23,18 +23,6 @@ use crate::kernels::{adamw as optimizer, elementwise, head as lm_head, norm};
 use crate::{Activation, AdamW, Logits, Rotary};
 use products::whole;
 
-/// Operations of a backend whose tensors are all in the memory of this process.
-#[cfg(feature = "flex")]
-macro_rules! on_host {
-    ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $out:ty;)*) => {
-        $(fn $name($($arg: $type),*) -> $out {
-            crate::cpu::$name($($arg),*)
-        })*
-    };
-}
-#[cfg(feature = "flex")]
-pub(crate) use on_host;
-
 /// The same without `t`: the last one to hold the values writes them in place.
 fn owned<H: Host>(t: H) -> H {
     t.flat()
